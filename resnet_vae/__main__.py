@@ -1,0 +1,140 @@
+"""The command line: python -m resnet_vae COMMAND."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from resnet_vae.config import Config, UserError
+
+
+def _add_fields(parser):
+    """Give a command the configuration's fields as flags, as --resnet-depth 40."""
+    group = parser.add_argument_group("settings, each also an environment variable in capitals")
+    for name, field in Config.model_fields.items():
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=field.description)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m resnet_vae", description="Residual-network VAEs, swept over depth")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text, *, fields=False, run=False):
+        added = commands.add_parser(name, help=text, description=text)
+        if fields:
+            _add_fields(added)
+        if run:
+            added.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+            added.add_argument("-o", "--output", type=Path, metavar="PNG", help="the picture (default: in the run)")
+        return added
+
+    command("config", "print the settings: values, where they come from, what they mean", fields=True)
+    command("train", "train a VAE and draw its pictures", fields=True)
+    command("finished", "exit 0 if the run's folder holds a finished run of these settings, else 3", fields=True)
+    command("sample", "draw images generated from the prior", run=True)
+    command("reconstruct", "draw test images and their reconstructions", run=True)
+    command("interpolate", "draw lines in latent space between test images", run=True)
+    table = command("table", "write the table and the figures of the runs below a folder")
+    table.add_argument("folder", type=Path, metavar="FOLDER")
+    evaluate = command("evaluate", "evaluate a run on the test images of another data set, and record it")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    evaluate.add_argument("dataset", metavar="DATASET", help="a data set as for DATASET")
+    return parser
+
+
+def _configuration(arguments):
+    flags = {name: value for name, value in vars(arguments).items() if name in Config.model_fields}
+    return Config.from_env(**{name: value for name, value in flags.items() if value is not None})
+
+
+def _config(arguments):
+    config = _configuration(arguments)
+    print(config.describe())
+    print()
+    for name, field in Config.model_fields.items():
+        print(f"{name.upper():<18}{field.description}")
+
+
+def _train(arguments):
+    config = _configuration(arguments)  # before anything large is imported
+    from resnet_vae.training import train
+
+    folder = train(config)
+    _draw_run(folder)
+    print(f"run: {folder}")
+
+
+def _finished(arguments):
+    from resnet_vae.records import is_finished
+
+    return 0 if is_finished(_configuration(arguments)) else 3
+
+
+def _draw_run(folder):
+    from resnet_vae.data import load_data
+    from resnet_vae.plots import draw_run
+    from resnet_vae.results import load_run
+
+    run, vae = load_run(folder)
+    for path in draw_run(run, vae, load_data(run.config).test):
+        print(path)
+
+
+def _draw(arguments):
+    from resnet_vae import plots
+    from resnet_vae.data import load_data
+    from resnet_vae.results import load_run
+
+    run, vae = load_run(arguments.run)
+    if arguments.command == "sample":
+        figure = plots.samples(run, vae)
+    else:
+        draw = plots.reconstructions if arguments.command == "reconstruct" else plots.interpolations
+        figure = draw(run, vae, load_data(run.config).test)
+    print(plots.save(figure, arguments.output or run.folder / f"{arguments.command}.png"))
+
+
+def _table(arguments):
+    from resnet_vae import plots, results
+    from resnet_vae.records import read_sweep
+
+    print(results.write_table(arguments.folder))
+    for path in plots.draw_sweep(read_sweep(arguments.folder), arguments.folder):
+        print(path)
+
+
+def _evaluate(arguments):
+    from resnet_vae.results import evaluate_run
+
+    for name, value in evaluate_run(arguments.run, arguments.dataset).items():
+        print(f"{name:<16}{value}")
+
+
+COMMANDS = {
+    "config": _config,
+    "train": _train,
+    "finished": _finished,
+    "sample": _draw,
+    "reconstruct": _draw,
+    "interpolate": _draw,
+    "table": _table,
+    "evaluate": _evaluate,
+}
+
+
+def main():
+    """Run the command line; returns the exit code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    arguments = _parser().parse_args()
+    try:
+        return COMMANDS[arguments.command](arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

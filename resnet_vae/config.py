@@ -1,0 +1,270 @@
+"""The configuration of a run: one frozen object, read from environment variables, flags or Python.
+
+A field is described once, here; `python -m resnet_vae config` prints it. Nothing large is imported: a bad value is
+told before TensorFlow or Keras is touched.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+DATASETS = {  # the data sets with a name, and their images' shapes
+    "digits": (16, 16, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+    "mnist": (32, 32, 1),
+    "fashion_mnist": (32, 32, 1),
+}
+OBJECTIVES = ("elbo", "published")
+PUBLISHED = {  # what PRESET=published sets: the post's recipe
+    "decoder": "published",
+    "activation": "sigmoid",
+    "initialization": "published",
+    "objective": "published",
+    "mean_l2": 0.01,
+    "log_var_l2": 0.1,
+    "validation": "test",
+    "batch_size": 25,
+    "epochs": 1000,
+    "learning_rate": 0.001,
+    "schedule": "plateau",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "clip_norm": 0.0,
+    "patience": 50,
+    "precision": "float32",
+}
+NOT_OF_THE_RUN = {"outdir", "cmdline"}  # fields that do not change what is trained
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text is the one message to show, no stack trace."""
+
+
+class ConfigError(UserError, ValueError):
+    """Bad configuration; the text names every bad value, a line each."""
+
+
+def blocks_per_stage(depth):
+    """Number of blocks in each of the four stages for a depth as in Table 1 of the post: 28 → (1, 1, 1, 1).
+
+    The depth counts the weight layers on the longest path through encoder and decoder: 2 × (3 × blocks + 2). The
+    blocks are spread over the stages in the proportions of ResNet-50, 3 : 4 : 6 : 3, by largest remainders.
+
+    Raises:
+        ValueError: no number of blocks, 4 or more, has this depth.
+    """
+    blocks, rest = divmod(depth - 4, 6)
+    if rest or blocks < 4:
+        below = max(28, 28 + (depth - 28) // 6 * 6)
+        nearest = f"{below} and {below + 6}"
+        told = f"depth {depth} cannot be reached; depths are 28, 34, 40, … (6 blocks + 4), the nearest are {nearest}"
+        if 0 <= depth <= 3:
+            told += f" (the post's notebook wrote {depth} for depth {(28, 40, 70, 100)[depth]})"
+        raise ValueError(told)
+    shares = [blocks * share / 16 for share in (3, 4, 6, 3)]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(4), key=lambda stage: counts[stage] - shares[stage])
+    for stage in by_remainder[: blocks - sum(counts)]:
+        counts[stage] += 1
+    return tuple(counts)
+
+
+def _parse_shape(value):
+    if isinstance(value, str):
+        return [part.strip() for part in value.replace("x", ",").strip("()[] ").split(",")] if value.strip() else None
+    return value
+
+
+Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape)]
+Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
+
+
+class Config(BaseModel):
+    """Everything that decides a run. `Config()` is the default recipe, `Config.from_env()` the environment's.
+
+    `Config(preset="published", epochs=2)` is the post's recipe with a change; `config.origins` tells for each field
+    whether its value is the default, the preset's, or given.
+
+    Raises:
+        ConfigError: listing every bad value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: Literal["default", "published"] = Field("default", description="published: every value as the post had it")
+    dataset: str = Field(
+        "cifar10",
+        min_length=1,
+        description=f"{', '.join(DATASETS)}, or the path of a folder of images or of an .npz of arrays",
+    )
+    image_shape: Shape | None = Field(
+        None,
+        description="height, width, channels, as 64x64x3; images are brought to it (none: as the data set has them)",
+    )
+    validation: Literal["holdout", "test"] = Field(
+        "holdout",
+        description="holdout: a tenth of the training images, at most 5000; test: the test images, as the post did",
+    )
+    resnet_depth: int = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
+    decoder: Literal["mirrored", "published"] = Field(
+        "mirrored", description="order of the decoder's filters: mirrored 2048 to 64, published 64 to 2048 (the post's)"
+    )
+    width: float = Field(1.0, gt=0, le=4, description="multiplier of the blocks' filters")
+    latent_dim: int = Field(256, ge=1, le=65536, description="number of latents")
+    intermediate_dim: int = Field(1024, ge=1, le=65536, description="units of the dense layers beside the latent")
+    activation: Activation = Field("relu", description="activation of those dense layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after those dense layers")
+    initialization: Literal["identity", "published"] = Field(
+        "identity", description="identity: blocks start as their shortcuts, heads near zero; published: Keras's own"
+    )
+    objective: Literal[OBJECTIVES] = Field(
+        "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"
+    )
+    beta: float = Field(1.0, ge=0, description="weight of the KL; the loss is a bound only at 1")
+    mean_l2: float = Field(0.0, ge=0, description="L2 penalty of the mean head's kernel and bias")
+    log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
+    batch_size: int = Field(100, ge=1, description="images a training step")
+    epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
+    learning_rate: float = Field(0.001, gt=0, description="highest learning rate of the schedule")
+    schedule: Literal["cosine", "plateau", "constant"] = Field(
+        "cosine", description="cosine to 0 over the epochs; plateau: halved after 25 epochs without progress; constant"
+    )
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    decay: float = Field(0.0, ge=0, description="time decay: the learning rate is divided by 1 + decay × steps")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW, times the learning rate")
+    clip_norm: float = Field(200.0, ge=0, description="largest norm of all gradients together (0: no limit)")
+    patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
+    min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")
+    precision: Literal["float32", "mixed_bfloat16"] = Field(
+        "float32", description="mixed_bfloat16: faster where the processor has it; heads and losses stay float32"
+    )
+    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights, order, noise and held-out images")
+    outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")
+    cmdline: bool = Field(False, description="no progress bars or widgets: one plain line an epoch")
+
+    _origins: dict = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+        preset = PUBLISHED if self.preset == "published" else {}
+        for name in type(self).model_fields:
+            self._origins[name] = "given" if name in values else "preset" if name in preset else "default"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values):
+        return {**PUBLISHED, **values} if values.get("preset") == "published" else values
+
+    @model_validator(mode="after")
+    def _check(self):
+        problems = []
+        try:
+            blocks_per_stage(self.resnet_depth)
+        except ValueError as error:
+            problems.append(f"resnet_depth is {self.resnet_depth}: {error}")
+        if self.image_shape:
+            height, width, channels = self.image_shape
+            if height < 8 or width < 8 or height % 8 or width % 8 or channels < 1:
+                problems.append(
+                    f"image_shape is {self.image_shape}; height and width must be multiples of 8, channels at least 1"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @classmethod
+    def from_env(cls, environ=None, **flags):
+        """Read the configuration from environment variables, which are the fields' names in capitals.
+
+        Args:
+            environ: a mapping, by default os.environ. Empty values count as unset; other names are ignored, unless
+                one is so like a field's that it must be meant for it.
+            **flags: values that take precedence over the environment's, the command line's.
+
+        Raises:
+            ConfigError: listing every bad value and every mistyped name.
+        """
+        environ = os.environ if environ is None else environ
+        names = {name.upper(): name for name in cls.model_fields}
+        values = {field: environ[name] for name, field in names.items() if environ.get(name, "").strip()}
+        problems = []
+        for name in sorted(set(environ) - set(names)):
+            meant = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
+            if meant and environ[name].strip():
+                problems.append(f"{name} is no setting; did you mean {meant[0]}?")
+        if "cmdline" in values:  # the post's meaning: set at all
+            values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
+        try:
+            config = cls(**{**values, **flags})
+        except ConfigError as error:
+            problems.insert(0, str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        for name in values:
+            config._origins[name] = f"environment ({name.upper()})"
+        for name in flags:
+            config._origins[name] = "command line"
+        return config
+
+    @classmethod
+    def from_record(cls, record):
+        """The configuration as a run's config.json holds it, checked like any other.
+
+        Raises:
+            ConfigError: a bad value, or no configuration at all.
+        """
+        try:
+            config = cls(**record["values"])
+            config._origins.update({name: str(origin) for name, origin in record["origins"].items()})
+        except (TypeError, KeyError, AttributeError):
+            raise ConfigError("the recorded configuration lacks values or origins") from None
+        return config
+
+    @property
+    def origins(self):
+        """Where each field's value came from."""
+        return dict(self._origins)
+
+    @property
+    def folder(self):
+        """The run's folder."""
+        return Path(self.outdir or f"runs/{Path(self.dataset).stem}-depth-{self.resnet_depth}")
+
+    def recipe(self):
+        """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run."""
+        return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+
+    def replace(self, **changes):
+        """The same configuration with other values."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+    def describe(self):
+        """A line a field: its name, its value, where that came from."""
+        return "\n".join(
+            f"{name.upper():<18}{'-' if value in (None, '') else value!s:<22}{self._origins[name]}"
+            for name, value in self.model_dump().items()
+        )
+
+
+def _explain(error):
+    """Put pydantic's findings into lines: the name, the value, what was expected."""
+    lines = []
+    for finding in error.errors():
+        message = finding["msg"].removeprefix("Value error, ")
+        if not finding["loc"]:
+            lines.append(message)
+            continue
+        name = finding["loc"][0]
+        if finding["type"] == "extra_forbidden":
+            meant = difflib.get_close_matches(str(name), Config.model_fields, n=1)
+            lines.append(f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else ""))
+        else:
+            lines.append(f"{name} is {finding['input']!r}: {message[0].lower()}{message[1:]}")
+    return "\n".join(lines)

@@ -1,0 +1,279 @@
+"""Images to train on: named data sets, folders of images and .npz archives, as uint8 arrays in memory."""
+
+import hashlib
+import os
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from resnet_vae.config import DATASETS, UserError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+ARCHIVES = {  # what Keras looks for below its datasets folder, and where that is to be had
+    "cifar10": ("cifar-10-batches-py-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "mnist": ("mnist.npz", "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"),
+    "fashion_mnist": (
+        "fashion-mnist/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+    ),
+}
+HELD_OUT = 5000  # at most so many validation images
+
+
+class DataError(UserError, ValueError):
+    """Data that cannot be read or used; the text names the file or value and what was expected."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set split for training: uint8 arrays of grey levels, (images, height, width, channels).
+
+    `validation` is a part of the original training images, or the test images themselves, by config.validation.
+    `fingerprint` is a SHA-256 over all the images before the split.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    fingerprint: str
+
+    @property
+    def image_shape(self):
+        """(height, width, channels)."""
+        return self.train.shape[1:]
+
+
+def load_data(config):
+    """Load the data set that a configuration names.
+
+    Args:
+        config: a `Config`; of it dataset, image_shape, validation and seed.
+
+    Returns:
+        A `Data`. Without a test set of its own, a tenth of the images, chosen by seed, are the test images.
+
+    Raises:
+        DataError: the data cannot be had, read, or brought to the image shape.
+    """
+    name, shape = config.dataset, config.image_shape
+    if name == "digits":
+        train, test = _digits()
+    elif name in DATASETS:
+        train, test = _keras_dataset(name)
+    else:
+        train, test = _path(Path(name).expanduser(), shape)
+    if shape:
+        train, test = _resize(train, shape), None if test is None else _resize(test, shape)
+    _check(name, train, "training")
+    if test is None:
+        train, test = _hold_out(train, len(train) // 10, config.seed)
+    _check(name, test, "test")
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(
+            f"{name}: training images are {train.shape[1:]} and test images {test.shape[1:]}; set IMAGE_SHAPE"
+        )
+    digest = hashlib.sha256(repr((train.shape, test.shape)).encode())
+    for images in (train, test):
+        digest.update(np.ascontiguousarray(images).data)
+    validation = test
+    if config.validation == "holdout":
+        train, validation = _hold_out(train, min(HELD_OUT, len(train) // 10), config.seed)
+    return Data(Path(name).name, train, validation, test, digest.hexdigest())
+
+
+def entropy_floor(images):
+    """Bernoulli entropy of uint8 images, nats an image: the least that the reconstruction loss can be on them.
+
+    It is what a perfect reconstruction scores, since grey levels lie between 0 and 1.
+    """
+    level = np.arange(1, 255) / 255
+    entropy = np.zeros(256)
+    entropy[1:255] = -level * np.log(level) - (1 - level) * np.log1p(-level)
+    return float(np.bincount(images.ravel(), minlength=256) @ entropy / len(images))
+
+
+def _hold_out(images, count, seed):
+    """Part `count` images, chosen by seed, from the others: two views of the array, whose order is changed."""
+    if count < 1:
+        raise DataError(f"{len(images)} images are too few to hold some out; at least 10 are needed")
+    keep = len(images) - count
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
+    early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(images)), chosen)
+    images[early], images[late] = images[late], images[early]
+    return images[:keep], images[keep:]
+
+
+def _check(name, images, role):
+    """Refuse what the network cannot take, with the image shape to ask for instead."""
+    if not len(images):
+        raise DataError(f"{name}: no {role} images")
+    height, width, channels = images.shape[1:]
+    if height % 8 or width % 8:
+        nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (height, width))
+        raise DataError(
+            f"{name}: {role} images are {height}x{width}x{channels}; height and width must be multiples of 8: set "
+            f"IMAGE_SHAPE, for example {nearest}x{channels}"
+        )
+
+
+def _resize(images, shape):
+    """Bring uint8 images to (height, width, channels): bicubic, grey to colour and back as Pillow does."""
+    if images.shape[1:] == tuple(shape):
+        return images
+    from PIL import Image
+
+    height, width, channels = shape
+    if images.shape[-1] != channels:
+        if {images.shape[-1], channels} - set(MODES):
+            raise DataError(f"images of {images.shape[-1]} channels cannot be brought to the IMAGE_SHAPE's {channels}")
+        source, target = MODES[images.shape[-1]], MODES[channels]
+        squeezed = images[..., 0] if source == "L" else images
+        images = np.stack([np.asarray(Image.fromarray(image, source).convert(target)) for image in squeezed])
+        images = images.reshape(*images.shape[:3], channels)
+    resized = np.empty((len(images), *shape), "uint8")
+    for image, target in zip(images, resized, strict=True):
+        for channel in range(channels):
+            plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
+            target[..., channel] = plane.resize((width, height), Image.Resampling.BICUBIC)
+    return resized
+
+
+def _digits():
+    """scikit-learn's 1,797 handwritten digits, 8×8 enlarged to 16×16; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    images = np.round(load_digits().images[..., None] * (255 / 16)).astype("uint8")
+    images = _resize(images, DATASETS["digits"])
+    test = np.arange(len(images)) % 5 == 4
+    return images[~test], images[test]
+
+
+def _keras_dataset(name):
+    """One of Keras's data sets, downloaded once; a lock keeps parallel runs from downloading into each other."""
+    import keras
+    from filelock import FileLock
+
+    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / f"{name}.lock"):
+            (train, _), (test, _) = getattr(keras.datasets, name).load_data()
+    except Exception as error:
+        file, origin = ARCHIVES[name]
+        raise DataError(
+            f"{name} cannot be loaded ({' '.join(str(error).split())[:200]}). Without a network, download {origin} "
+            f"elsewhere and save it as {home / file}; or set DATASET=digits, which needs no download, or to a path"
+        ) from None
+    if train.ndim == 3:  # MNIST's 28×28, with a border to 32×32
+        border = ((0, 0), (2, 2), (2, 2))
+        train, test = np.pad(train, border)[..., None], np.pad(test, border)[..., None]
+    return train, test
+
+
+def _path(path, shape):
+    if path.is_dir():
+        return _folder(path, shape)
+    if path.suffix == ".npz" and path.is_file():
+        return _npz(path)
+    raise DataError(
+        f"DATASET is {str(path)!r}: neither one of {', '.join(DATASETS)}, nor a folder of images, nor an .npz file"
+    )
+
+
+def _npz(path):
+    """Arrays of images by the usual names; float arrays hold values in [0, 1]."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {
+                role: arrays[name]
+                for role, names in {
+                    "train": ("x_train", "xtr", "train", "train_images", "images", "x", "arr_0"),
+                    "test": ("x_test", "xte", "test", "test_images"),
+                }.items()
+                for name in names
+                if name in arrays.files
+            }
+            names = arrays.files
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
+    if "train" not in found:
+        raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
+    return _levels(path, found["train"]), _levels(path, found["test"]) if "test" in found else None
+
+
+def _levels(path, images):
+    """Check an array of images and bring it to uint8 (images, height, width, channels)."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.dtype.kind not in "uif":
+        raise DataError(
+            f"{path}: an array is {images.dtype} of shape {images.shape}; expected numbers (images, height, width) or "
+            "(images, height, width, channels)"
+        )
+    if images.dtype == "uint8" or not images.size:
+        return images.astype("uint8", copy=False)
+    low, high = float(images.min()), float(images.max())
+    limit = 1 if images.dtype.kind == "f" else 255
+    if not (low >= 0 and high <= limit):  # also when not finite
+        raise DataError(
+            f"{path}: {images.dtype} images run from {low:g} to {high:g}; expected 0 to {limit} "
+            "(floats lie in [0, 1], whole numbers in 0 to 255)"
+        )
+    return np.round(images * (255 if limit == 1 else 1)).astype("uint8")
+
+
+def _folder(path, shape):
+    """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
+    parts = [path / "train", path / "test"] if (path / "train").is_dir() else [path]
+    files = [
+        sorted(
+            file
+            for file in part.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+        for part in parts
+        if part.is_dir()
+    ]
+    if not files[0]:
+        raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
+    first = _read_image(files[0][0], shape)
+    arrays = []
+    for group in files:
+        images = np.empty((len(group), *first.shape), "uint8")
+        for target, file in zip(images, group, strict=True):
+            image = _read_image(file, shape or first.shape, exact=not shape)
+            target[:] = image
+        arrays.append(images)
+    return arrays[0], arrays[1] if len(arrays) == 2 and len(arrays[1]) else None
+
+
+def _read_image(file, shape, exact=False):
+    """Read an image file as uint8 (height, width, channels), cut at the middle and resized to the shape."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                channels = shape[2] if shape else 1 if image.mode in ("1", "L", "I;16") else 3
+                if channels not in MODES:
+                    raise DataError(f"IMAGE_SHAPE has {channels} channels; image files have 1, 3 or 4")
+                image = image.convert(MODES[channels])
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+        raise DataError(f"{file} cannot be read as an image: {error}") from None
+    if shape and image.size != (shape[1], shape[0]):
+        if exact:
+            raise DataError(
+                f"{file} is {image.height}x{image.width}, others are {shape[0]}x{shape[1]}; set IMAGE_SHAPE (height x "
+                "width x channels) to bring all images to one size"
+            )
+        image = ImageOps.fit(image, (shape[1], shape[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels)

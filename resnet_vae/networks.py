@@ -1,0 +1,118 @@
+"""The encoder and the decoder: four stages of bottleneck blocks between an image and its latent.
+
+The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): no stem, the first block reads the
+image; a dense layer on either side of the latent.
+"""
+
+import math
+
+import keras
+from keras import layers
+
+from resnet_vae.blocks import PACKAGE, BatchNormalization, conv_block, identity_block
+from resnet_vae.config import blocks_per_stage
+
+FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
+SCALE = 8  # an image's side is 8 times that of the smallest feature map
+
+LOG_VAR_RANGE = (-20.0, 10.0)  # beyond it a standard deviation is 0 or overflows in any use
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Bound(layers.Layer):
+    """Limit log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
+
+    def call(self, x):
+        return keras.ops.clip(x, *LOG_VAR_RANGE)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+def _stages(x, config, transpose, mirrored):
+    """Apply the four stages: each a conv_block and its identity_blocks; all but the first change the image's size."""
+    counts, filters = blocks_per_stage(config.resnet_depth), FILTERS
+    if mirrored:
+        counts, filters = counts[::-1], filters[::-1]
+    gain = 0.0 if config.initialization == "identity" else 1.0
+    for stage, (count, widths) in enumerate(zip(counts, filters, strict=True), start=1):
+        widths = [max(1, round(width * config.width)) for width in widths]
+        strides = (1, 1) if stage == 1 else (2, 2)
+        x = conv_block(x, 3, widths, strides, transpose, gain=gain, name=f"stage{stage}_block1")
+        for block in range(2, count + 1):
+            x = identity_block(x, 3, widths, gain=gain, name=f"stage{stage}_block{block}")
+    return x
+
+
+def _intermediate(x, units, config):
+    """Dense → BN → activation → dropout on the last axis; the layers on either side of the latent."""
+    x = layers.Dense(units, name="intermediate")(x)
+    x = BatchNormalization(name="intermediate_bn")(x)
+    x = layers.Activation(config.activation, name="intermediate_activation")(x)
+    return layers.Dropout(config.dropout, seed=config.seed, name="intermediate_dropout")(x)
+
+
+def build_encoder(config, image_shape):
+    """Build the encoder: images → the Gaussian posterior's mean and log-variance.
+
+    Args:
+        config: a `Config`.
+        image_shape: (height, width, channels), height and width multiples of 8.
+
+    Returns:
+        A functional Model: float images in [0, 1], (batch, *image_shape) → [mean, log-variance], each
+        (batch, latent_dim) in float32.
+    """
+    identity = config.initialization == "identity"
+    images = keras.Input(image_shape, name="image")
+    x = _stages(images, config, transpose=False, mirrored=False)  # (batch, height / 8, width / 8, 2048 width)
+    x = _intermediate(x, config.intermediate_dim, config)
+    x = layers.Flatten(name="flatten")(x)
+
+    def head(name, initializer, l2):
+        regularizer = keras.regularizers.L2(l2) if l2 else None
+        return layers.Dense(
+            config.latent_dim,
+            kernel_initializer=initializer,
+            kernel_regularizer=regularizer,
+            bias_regularizer=regularizer,
+            dtype="float32",
+            name=name,
+        )(x)
+
+    small = keras.initializers.VarianceScaling(0.01, seed=config.seed)
+    mean = head("mean", small if identity else "glorot_uniform", config.mean_l2)
+    log_var = head("log_var", "zeros" if identity else "glorot_uniform", config.log_var_l2)
+    log_var = Bound(name="log_var_bound", dtype="float32")(log_var)
+    return keras.Model(images, [mean, log_var], name="encoder")
+
+
+def build_decoder(config, image_shape):
+    """Build the decoder, which is also the generator: latents → images.
+
+    With `config.decoder` "mirrored" the filters fall from 2048 to 64 while the image grows; with "published" they
+    rise as in the encoder, as the post had it, at 6.6 times the arithmetic.
+
+    Args:
+        config: a `Config`.
+        image_shape: (height, width, channels), height and width multiples of 8.
+
+    Returns:
+        A functional Model: latents (batch, latent_dim) → images in [0, 1], (batch, *image_shape) in float32.
+    """
+    height, width, channels = image_shape
+    rows, columns = height // SCALE, width // SCALE
+    depth = math.ceil(config.intermediate_dim / (rows * columns))  # the published 1024 / 16 for 32×32 images
+    latents = keras.Input((config.latent_dim,), name="latent")
+    x = _intermediate(latents, rows * columns * depth, config)
+    x = layers.Reshape((rows, columns, depth), name="reshape")(x)
+    x = _stages(x, config, transpose=True, mirrored=config.decoder == "mirrored")  # (batch, height, width, filters)
+    images = layers.Conv2DTranspose(
+        channels,
+        1,
+        activation="sigmoid",
+        kernel_initializer="zeros" if config.initialization == "identity" else "glorot_uniform",
+        dtype="float32",
+        name="image",
+    )(x)
+    return keras.Model(latents, images, name="decoder")

@@ -1,0 +1,162 @@
+"""Pictures of runs: curves, grids of images, and the figures of a sweep."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from resnet_vae.results import POST
+
+SAMPLES_SEED = 0
+
+
+def grid(images, columns, title=None, row_labels=None, side=0.55):
+    """Draw images in a grid.
+
+    Args:
+        images: array (images, height, width, channels), uint8 or floats in [0, 1].
+        columns: images a row.
+        title: above the grid.
+        row_labels: a word or two for each row, at its left.
+        side: of an image, in inches.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        images = images / 255
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    pad = 1
+    sheet = np.ones((rows * (height + pad) - pad, columns * (width + pad) - pad, channels))
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + pad), index % columns * (width + pad)
+        sheet[top : top + height, left : left + width] = image
+    if channels not in (1, 3, 4):
+        sheet = sheet.mean(axis=-1, keepdims=True)
+    figure = Figure(figsize=(columns * side + (1.3 if row_labels else 0.2), rows * side + (0.5 if title else 0.2)))
+    axes = figure.add_subplot()
+    axes.imshow(sheet[..., 0] if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    if row_labels:
+        axes.set_yticks([row * (height + pad) + height / 2 for row in range(rows)], row_labels)
+        axes.tick_params(axis="y", length=0)
+    if title:
+        axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def samples(run, vae, count=64):
+    """Draw images that the decoder generates from latents of the prior."""
+    latents = np.random.default_rng(SAMPLES_SEED).standard_normal((count, run.config.latent_dim), "float32")
+    images = vae.decoder.predict(latents, verbose=0)
+    return grid(images, 8, f"samples from the prior, {describe(run)}")
+
+
+def reconstructions(run, vae, images, count=10):
+    """Draw uint8 images above their reconstructions from the posterior's mean."""
+    images = images[:count]
+    mean, _ = vae.encoder.predict(images / np.float32(255), verbose=0)
+    decoded = vae.decoder.predict(mean, verbose=0)
+    rows = np.concatenate([images / 255, decoded])
+    return grid(rows, len(images), f"test images, {describe(run)}", ["image", "reconstruction"], side=0.7)
+
+
+def interpolations(run, vae, images, count=6, steps=10):
+    """Draw straight lines in the latent space between the posterior means of pairs of uint8 images."""
+    pairs = images[: 2 * count]
+    mean, _ = vae.encoder.predict(pairs / np.float32(255), verbose=0)
+    weights = np.linspace(0, 1, steps)[:, None]
+    lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
+    decoded = vae.decoder.predict(np.concatenate(lines), verbose=0)
+    return grid(decoded, steps, f"interpolations between test images, {describe(run)}")
+
+
+def curves(run):
+    """Draw the losses, the reconstruction and the KL of a run against the epochs."""
+    figure = Figure(figsize=(9, 3))
+    for axes, name in zip(figure.subplots(1, 3), ("loss", "reconstruction", "kl"), strict=True):
+        epochs = [row["epoch"] for row in run.history]
+        axes.plot(epochs, [row[name] for row in run.history], ".-", label="training")
+        axes.plot(epochs, [row[f"val_{name}"] for row in run.history], ".-", label="validation")
+        axes.set(xlabel="epoch", ylabel="nats per image", title="KL" if name == "kl" else name)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(describe(run), fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def losses_by_epoch(runs):
+    """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid."""
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        epochs = [row["epoch"] for row in run.history]
+        color = f"C{number % 10}"
+        axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=describe(run))
+        axes.plot(epochs, [row["loss"] for row in run.history], "--", color=color)
+    axes.plot([], [], "k.-", label="validation")
+    axes.plot([], [], "k--", label="training")
+    axes.set(xlabel="epoch", ylabel="loss, nats per image")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def losses_by_depth(runs):
+    """Draw the best epoch's losses of a sweep's runs against depth, beside the post's where the data is CIFAR-10."""
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.add_subplot()
+    for number, objective in enumerate(sorted({run.config.objective for run in runs})):
+        chosen = [run for run in runs if run.config.objective == objective]
+        depths = [run.config.resnet_depth for run in chosen]
+        for name, style in (("validation", "o-"), ("train", "s--")):
+            label = f"{objective}, {'training' if name == 'train' else name}"
+            axes.plot(depths, [run.metrics[name]["loss"] for run in chosen], style, color=f"C{number}", label=label)
+    if any("cifar10" in run.provenance["data"]["name"].lower().replace("-", "") for run in runs):
+        depths = [row["depth"] for row in POST]
+        axes.plot(depths, [row["val_loss"] for row in POST], "o:", color="gray", label="the post's, validation")
+        axes.plot(depths, [row["loss"] for row in POST], "s:", color="silver", label="the post's, training")
+    axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def describe(run):
+    """A few words that tell a run from the others of its sweep."""
+    words = [f"depth {run.config.resnet_depth}", run.config.objective]
+    if run.config.beta != 1:
+        words.append(f"beta {run.config.beta:g} (no bound)")
+    return ", ".join(words)
+
+
+def save(figure, path):
+    """Save a figure as a PNG without a date, so that equal figures are equal files; returns the path."""
+    path = Path(path)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return path
+
+
+def draw_run(run, vae, images):
+    """Draw a run's pictures into its folder; returns their paths."""
+    figures = {
+        "curves": curves(run),
+        "reconstructions": reconstructions(run, vae, images),
+        "samples": samples(run, vae),
+        "interpolations": interpolations(run, vae, images),
+    }
+    return [save(figure, run.folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def draw_sweep(runs, folder):
+    """Draw a sweep's figures into a folder; returns their paths."""
+    figures = {"losses_by_epoch": losses_by_epoch(runs), "losses_by_depth": losses_by_depth(runs)}
+    return [save(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]

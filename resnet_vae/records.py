@@ -1,0 +1,153 @@
+"""What a run leaves on disk, written whole or not at all, and read back.
+
+A run's folder holds config.json, history.csv (one row an epoch), provenance.json, model.keras and, written last,
+metrics.json: a run with metrics.json is finished.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from resnet_vae.config import Config, UserError
+
+FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
+
+
+class RecordError(UserError):
+    """A run's folder that cannot be read, or cannot take the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run: its folder and what the folder's files hold."""
+
+    folder: Path
+    config: Config
+    history: list
+    metrics: dict
+    provenance: dict
+
+
+def read_run(folder):
+    """Read a finished run's record, without its model.
+
+    Raises:
+        RecordError: a file is missing, cannot be read or lacks something.
+    """
+    folder = Path(folder)
+    config = Config.from_record(read_json(folder / "config.json"))
+    metrics, provenance = read_json(folder / "metrics.json"), read_json(folder / "provenance.json")
+    try:
+        with open(folder / "history.csv", newline="") as file:
+            history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecordError(f"{folder / 'history.csv'} cannot be read: {error}") from None
+    return Run(folder, config, history, metrics, provenance)
+
+
+def read_sweep(folder):
+    """Read the finished runs in the folders directly below a folder, by depth, objective and name.
+
+    Raises:
+        RecordError: there is none.
+    """
+    folder = Path(folder)
+    runs = [read_run(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
+    if not runs:
+        raise RecordError(f"{folder} has no finished runs below it; expected folders with a metrics.json")
+    return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, run.folder.name))
+
+
+def is_finished(config):
+    """Whether the run's folder holds a finished run of this configuration.
+
+    Raises:
+        RecordError: the folder holds a finished run of another configuration.
+    """
+    folder = config.folder
+    if not (folder / "metrics.json").exists():
+        return False
+    recorded = Config.from_record(read_json(folder / "config.json")).recipe()
+    asked = config.recipe()
+    if asked["image_shape"] is None:
+        asked["image_shape"] = recorded["image_shape"]
+    differing = [
+        f"{name.upper()} {recorded[name]} there, {asked[name]} here" for name in asked if asked[name] != recorded[name]
+    ]
+    if differing:
+        raise RecordError(
+            f"{folder} holds a finished run of another configuration ({'; '.join(differing)}); choose another OUTDIR "
+            "or move that folder away"
+        )
+    return True
+
+
+def write_json(path, values):
+    """Write values as JSON, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def read_json(path):
+    """Read a JSON file of a run.
+
+    Raises:
+        RecordError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RecordError(f"{path} is missing; is {path.parent} the folder of a finished run?") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from None
+
+
+def environment(backend, devices):
+    """What a run ran on: commit, versions, the backend and its devices, processor and cores."""
+
+    def installed(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git
+        commit = changes = None
+    return {
+        "commit": commit,
+        "dirty": None if commit is None else bool(changes),
+        "python": platform.python_version(),
+        "backend": backend,
+        "versions": {name: installed(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")},
+        "devices": devices,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

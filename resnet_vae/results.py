@@ -1,0 +1,178 @@
+"""From run folders to tables: reading runs back, and the results table in Markdown, CSV and LaTeX."""
+
+import csv
+import io
+from pathlib import Path
+
+from resnet_vae.config import UserError
+from resnet_vae.data import entropy_floor, load_data
+from resnet_vae.records import read_run, read_sweep, write_json, write_text
+
+# Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
+# validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
+POST = (
+    {"depth": 28, "hours": 79.2, "epochs": 384, "loss": 1790.4, "val_loss": 1794.7, "rec": 1763.28, "kl": 32.79},
+    {"depth": 40, "hours": 61.9, "epochs": 274, "loss": 1787.5, "val_loss": 1795.7, "rec": 1764.05, "kl": 33.27},
+    {"depth": 70, "hours": 80.0, "epochs": 209, "loss": 1784.8, "val_loss": 1799.0, "rec": 1769.65, "kl": 32.48},
+    {"depth": 100, "hours": 164.7, "epochs": None, "loss": 1782.3, "val_loss": 1804.0, "rec": 1787.75, "kl": 29.94},
+)
+COLUMNS = {  # name in the CSV → (heading, format)
+    "run": ("Run", "{}"),
+    "depth": ("Depth", "{}"),
+    "objective": ("Objective", "{}"),
+    "width": ("Width", "{:g}"),
+    "parameters": ("Parameters", "{:,}"),
+    "epochs": ("Epochs", "{}"),
+    "hours": ("Hours", "{:.2f}"),
+    "loss": ("Training loss", "{:.1f}"),
+    "val_loss": ("Validation loss", "{:.1f}"),
+    "rec": ("Reconstruction", "{:.1f}"),
+    "kl": ("KL", "{:.2f}"),
+    "excess": ("Excess over floor", "{:.1f}"),
+    "test_loss": ("Test loss", "{:.1f}"),
+}
+
+
+def load_run(folder):
+    """Load a finished run: its record and its trained model.
+
+    The network is built anew from the recorded configuration, and only weights are read from model.keras.
+
+    Returns:
+        (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`.
+
+    Raises:
+        UserError: the folder holds no finished run, or its model does not fit its configuration.
+    """
+    run = read_run(folder)
+    path = run.folder / "model.keras"
+    if not path.exists():
+        raise UserError(f"{path} is missing; models are not kept in git: train again with the run's config.json")
+    from resnet_vae.vae import build_vae
+
+    vae = build_vae(run.config)
+    try:
+        vae.load_weights(path)
+    except Exception as error:  # zip, HDF5 and Keras each raise their own on a broken file
+        raise UserError(f"{path} cannot be read as the weights of this run: {error}") from None
+    vae.compile(jit_compile=False)
+    return run, vae
+
+
+def evaluate_run(folder, dataset):
+    """Evaluate a finished run on the test images of another data set, brought to the run's image shape.
+
+    Args:
+        folder: the run's.
+        dataset: as `Config.dataset`.
+
+    Returns:
+        A dict: the data's name, number of images and fingerprint, their entropy floor, and the objective's figures.
+        It is also written to evaluation-NAME.json in the run's folder.
+    """
+    from resnet_vae.training import evaluate
+
+    run, vae = load_run(folder)
+    data = load_data(run.config.replace(dataset=dataset, validation="test"))
+    result = {
+        "data": data.name,
+        "fingerprint": data.fingerprint,
+        "images": len(data.test),
+        "floor": entropy_floor(data.test),
+        **evaluate(vae, data.test, run.config.batch_size),
+    }
+    write_json(run.folder / f"evaluation-{Path(data.name).stem}.json", result)
+    return result
+
+
+def table_rows(runs):
+    """A row for each run and for each of the post's: dicts by the names of COLUMNS, None where there is no figure.
+
+    Training loss, validation loss, reconstruction and KL are those of the epoch with the lowest validation loss; the
+    excess is the validation's reconstruction less the Bernoulli entropy floor of the validation images.
+    """
+    rows = []
+    for run in runs:
+        metrics, validation = run.metrics, run.metrics["validation"]
+        rows.append(
+            {
+                "run": run.folder.name,
+                "depth": run.config.resnet_depth,
+                "objective": run.config.objective + (f", beta {run.config.beta:g}" if run.config.beta != 1 else ""),
+                "width": run.config.width,
+                "parameters": metrics["parameters"],
+                "epochs": metrics["epochs"],
+                "hours": metrics["hours"],
+                "loss": metrics["train"]["loss"],
+                "val_loss": validation["loss"],
+                "rec": validation["reconstruction"],
+                "kl": validation["kl"],
+                "excess": validation["reconstruction"] - metrics["validation_floor"],
+                "test_loss": metrics["test"]["loss"],
+            }
+        )
+    post = {"run": "the post's", "objective": "published", "width": 1.0}
+    return rows + [{**dict.fromkeys(COLUMNS), **post, **row} for row in POST]
+
+
+def notes(runs):
+    """What a reader of the table must know, a sentence each."""
+    told = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
+    for name in sorted({run.provenance["data"]["name"] for run in runs}):
+        told.append(
+            f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them."
+        )
+    if any(run.config.validation == "test" for run in runs):
+        told.append("VALIDATION=test: the test images were the validation images, as in the post, and chose the epoch.")
+    told.append(
+        "Objective published: the post's, whose sampler takes exp(log-variance) for the standard deviation while its "
+        "KL takes it for the variance. It is no bound on the likelihood and must not be compared with elbo."
+    )
+    if any(run.config.beta != 1 for run in runs):
+        told.append("Where beta is not 1, the loss is no bound.")
+    return told
+
+
+def write_table(folder):
+    """Write table.md, table.csv and table.tex of the runs below a folder; the same runs give the same bytes.
+
+    Returns:
+        The Markdown text.
+    """
+    folder = Path(folder)
+    runs = read_sweep(folder)
+    rows, told = table_rows(runs), notes(runs)
+    cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in COLUMNS.items()] for row in rows]
+    headings = [heading for heading, _ in COLUMNS.values()]
+
+    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *([_escape(c, MARKDOWN) for c in r] for r in cells)]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    markdown += "".join(f"- {_escape(note, MARKDOWN)}\n" for note in told)
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([["" if row[n] is None else row[n] for n in COLUMNS] for row in rows])
+
+    latex = "\\begin{tabular}{l" + "r" * (len(headings) - 1) + "}\n\\hline\n"
+    for number, line in enumerate([headings, *cells]):
+        latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
+    latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in told)
+
+    for name, content in (("table.md", markdown), ("table.csv", text.getvalue()), ("table.tex", latex)):
+        write_text(folder / name, content)
+    return markdown
+
+
+MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;", "\n": " "}
+LATEX = {
+    "\\": "\\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "\n": " ",
+}
+
+
+def _escape(text, characters):
+    return "".join(characters.get(character, character) for character in text)

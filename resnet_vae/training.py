@@ -1,0 +1,248 @@
+"""Training: from a configuration to a run's folder."""
+
+import csv
+import math
+import os
+import time
+from datetime import UTC, datetime
+
+import keras
+import numpy as np
+from keras import ops
+
+from resnet_vae.blocks import PACKAGE
+from resnet_vae.config import UserError
+from resnet_vae.data import entropy_floor, load_data
+from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json
+from resnet_vae.vae import build_vae
+
+PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
+COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds")
+
+
+class TrainingError(UserError):
+    """Training that cannot go on."""
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class AdamW(keras.optimizers.AdamW):
+    """AdamW (https://arxiv.org/abs/1711.05101) with time decay: the rate is divided by 1 + decay × steps.
+
+    Args:
+        *args, **kwargs: as of `keras.optimizers.AdamW`.
+        decay: the time decay, Keras 2's `decay`; it applies on top of a schedule or a plateau's reductions.
+    """
+
+    def __init__(self, *args, decay=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.decay = decay
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.decay:
+            learning_rate = learning_rate / (1.0 + self.decay * ops.cast(self.iterations, "float32"))
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "decay": self.decay}
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of images for `fit` and `evaluate`: uint8, (batch, height, width, channels).
+
+    Args:
+        images: array (images, height, width, channels).
+        batch_size: images a batch, fewer where there are fewer.
+        seed: batches are whole and in an order that is a function of the seed and the epoch; without a seed all
+            images come, in order.
+    """
+
+    def __init__(self, images, batch_size, seed=None):
+        super().__init__()
+        self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
+        self.epoch = 0
+        self._order()
+
+    def _order(self):
+        if self.seed is not None:
+            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.images))
+
+    def __len__(self):
+        whole = len(self.images) // self.batch_size
+        return whole if self.seed is not None else math.ceil(len(self.images) / self.batch_size)
+
+    def __getitem__(self, index):
+        chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        return (self.images[chosen if self.seed is None else self.order[chosen]],)
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        self._order()
+
+
+class Recorder(keras.callbacks.Callback):
+    """Write a row of history.csv after each epoch and, where asked, a plain line; stop at a loss that is no number."""
+
+    def __init__(self, path, epochs, lines):
+        super().__init__()
+        self.path, self.epochs, self.lines = path, epochs, lines
+        self.rows = []
+
+    def on_train_begin(self, logs=None):
+        self._write(COLUMNS, "w")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.began = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        seconds = time.perf_counter() - self.began
+        row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
+        row |= {"learning_rate": rate, "seconds": seconds}
+        self.rows.append(row)
+        self._write([f"{row[name]:.6g}" if name != "epoch" else row[name] for name in COLUMNS], "a")
+        if self.lines:
+            print(
+                f"epoch {epoch + 1}/{self.epochs}  loss {row['loss']:.1f}  reconstruction {row['reconstruction']:.1f}  "
+                f"kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  val_kl {row['val_kl']:.2f}  {seconds:.1f} s",
+                flush=True,
+            )
+
+    def _write(self, values, mode):
+        with open(self.path, mode, newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(values)
+
+
+def compile_vae(vae, config, steps_per_epoch):
+    """Compile a VAE with the optimizer and the schedule that a configuration asks for."""
+    rate, steps = config.learning_rate, config.epochs * steps_per_epoch
+    if config.schedule == "cosine":
+        warmup = min(config.warmup_steps, steps // 2)
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0 if warmup else rate, steps - warmup, warmup_target=rate if warmup else None, warmup_steps=warmup
+        )
+    optimizer = AdamW(
+        rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm or None, decay=config.decay
+    )
+    on_gpu = any(word in device for device in keras.distribution.list_devices() for word in ("gpu", "cuda"))
+    vae.compile(optimizer, jit_compile=keras.backend.backend() == "jax" or (on_gpu and "auto"))  # slower on CPUs
+
+
+def train(config):
+    """Train the VAE that a configuration describes and record the run.
+
+    A folder that holds a finished run of the same configuration is left as it is. The weights kept are those of the
+    epoch with the lowest validation loss; the test images are looked at once, with these.
+
+    Args:
+        config: a `Config`.
+
+    Returns:
+        The run's folder, a Path, with config.json, history.csv, metrics.json, provenance.json and model.keras.
+
+    Raises:
+        UserError: data that cannot be had, a folder in use by another configuration or not writable, or a loss that
+            is no longer a number.
+    """
+    folder = config.folder
+    if is_finished(config):
+        print(f"{folder} holds a finished run of this configuration")
+        return folder
+    data = load_data(config)
+    config = config.model_copy(update={"image_shape": data.image_shape})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
+    except OSError as error:
+        raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None
+    print(config.describe())
+
+    keras.utils.set_random_seed(config.seed)
+    vae = build_vae(config)
+    batches = Batches(data.train, config.batch_size, config.seed)
+    compile_vae(vae, config, len(batches))
+    recorder = Recorder(folder / "history.csv", config.epochs, lines=config.cmdline)
+    best = keras.callbacks.EarlyStopping(
+        "val_loss",
+        mode="min",
+        min_delta=config.min_delta if config.patience else 0,
+        patience=config.patience or config.epochs,
+        restore_best_weights=True,
+    )
+    callbacks = [keras.callbacks.TerminateOnNaN(raise_error=True), recorder, best]
+    if config.schedule == "plateau":
+        callbacks.append(
+            keras.callbacks.ReduceLROnPlateau(
+                "val_loss",
+                mode="min",
+                min_delta=config.min_delta,
+                min_lr=config.learning_rate / 1000,
+                **PLATEAU,
+            )
+        )
+    if not config.cmdline:
+        from tqdm.keras import TqdmCallback
+
+        callbacks.append(TqdmCallback())
+
+    started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
+    validation = Batches(data.validation, config.batch_size)
+    try:
+        vae.fit(
+            batches, epochs=config.epochs, validation_data=validation, callbacks=callbacks, shuffle=False, verbose=0
+        )
+    except RuntimeError as error:
+        if "NaN or Inf" not in str(error):
+            raise
+        raise TrainingError(
+            f"the loss became not finite in epoch {len(recorder.rows) + 1}; lower LEARNING_RATE "
+            f"({config.learning_rate:g}) or CLIP_NORM ({config.clip_norm:g}), or use PRECISION=float32"
+        ) from None
+    seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
+
+    save_model(vae, folder / "model.keras")
+    best_row = min(recorder.rows, key=lambda row: row["val_loss"])
+    metrics = {
+        "parameters": vae.count_params(),
+        "epochs": len(recorder.rows),
+        "best_epoch": best_row["epoch"],
+        "hours": seconds / 3600,
+        "train": {name: best_row[name] for name in FIGURES},
+        "validation": {name: best_row[f"val_{name}"] for name in FIGURES},
+        "validation_floor": entropy_floor(data.validation),
+        "test": evaluate(vae, data.test, config.batch_size),
+        "test_floor": entropy_floor(data.test),
+    }
+    trained = len(recorder.rows) * len(batches) * batches.batch_size
+    write_json(
+        folder / "provenance.json",
+        {
+            **environment(keras.backend.backend(), keras.distribution.list_devices()),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "seconds_per_epoch": seconds / len(recorder.rows),
+            "images_per_second": trained / seconds,
+            "data": {
+                "name": data.name,
+                "fingerprint": data.fingerprint,
+                "train": len(data.train),
+                "validation": len(data.validation),
+                "test": len(data.test),
+            },
+        },
+    )
+    write_json(folder / "metrics.json", metrics)  # last: it marks the run as finished
+    return folder
+
+
+def evaluate(vae, images, batch_size):
+    """The objective's figures on uint8 images: a dict of nats per image."""
+    figures = vae.evaluate(Batches(images, batch_size), return_dict=True, verbose=0)
+    return {name: float(figures[name]) for name in FIGURES}
+
+
+def save_model(vae, path):
+    """Save a model as .keras, whole or not at all."""
+    partial = path.with_name(f"partial-{path.name}")
+    vae.save(partial)
+    os.replace(partial, path)

@@ -1,0 +1,179 @@
+"""The variational autoencoder: an encoder and a decoder nested in one Model that holds the objective.
+
+"Auto-Encoding Variational Bayes" (https://arxiv.org/abs/1312.6114). All figures are in nats per image: sums over
+pixels, channels and latents, averages over images.
+"""
+
+import keras
+from keras import layers, ops
+
+from resnet_vae.blocks import PACKAGE
+from resnet_vae.config import DATASETS, OBJECTIVES
+from resnet_vae.networks import build_decoder, build_encoder
+
+
+def reconstruction_loss(images, reconstructions):
+    """Binary cross-entropy summed over pixels and channels: (batch, …) twice, in [0, 1] → (batch,) nats.
+
+    Grey levels between 0 and 1 make it a score and not a normalised likelihood (https://arxiv.org/abs/1907.06845);
+    it is least, not zero, at a perfect reconstruction: see `resnet_vae.data.entropy_floor`.
+    """
+    axes = tuple(range(1, len(images.shape)))
+    images, reconstructions = ops.cast(images, "float32"), ops.cast(reconstructions, "float32")
+    return ops.sum(ops.binary_crossentropy(images, reconstructions), axis=axes)
+
+
+def kl_divergence(mean, log_var):
+    """KL(N(mean, exp(log_var)) ‖ N(0, I)) summed over the latents: (batch, latents) twice → (batch,) nats."""
+    return 0.5 * ops.sum(ops.square(mean) + ops.expm1(log_var) - log_var, axis=-1)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Sampling(layers.Layer):
+    """Draw a latent from the posterior: mean, log-variance (batch, latents) → sample (batch, latents).
+
+    Args:
+        objective: "elbo": the standard deviation is exp(log_var / 2). "published": exp(log_var), the post's, which
+            is at odds with the KL that takes exp(log_var) for the variance.
+        seed: of the noise. Training and evaluation have a generator each, so that evaluating does not change how
+            training goes on.
+    """
+
+    def __init__(self, objective="elbo", seed=0, **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.objective, self.seed = objective, seed
+        self.training_noise = keras.random.SeedGenerator(seed, name="training_noise")
+        self.evaluation_noise = keras.random.SeedGenerator(seed + 1, name="evaluation_noise")
+
+    def call(self, mean, log_var, training=False):
+        generator = self.training_noise if training else self.evaluation_noise
+        noise = keras.random.normal(ops.shape(mean), dtype="float32", seed=generator)
+        return mean + ops.exp(log_var if self.objective == "published" else log_var / 2) * noise
+
+    def restart_evaluation(self):
+        """Let the noise of evaluation begin anew, so that equal weights and images give equal figures."""
+        state = self.evaluation_noise.state
+        state.assign(ops.convert_to_tensor([self.seed + 1, 0], dtype=state.dtype))
+
+    def get_config(self):
+        return {**super().get_config(), "objective": self.objective, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class VAE(keras.Model):
+    """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
+
+    Images are uint8 grey levels, or floats in [0, 1]; the output is the reconstruction in [0, 1] from a sample of
+    the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly.
+
+    Metrics, nats per image: `loss` = reconstruction + beta × kl, `reconstruction`, `kl`, and `penalty`, the L2
+    penalties of the heads, which training minimises too and `loss` leaves out.
+
+    Args:
+        encoder: Model, images → [mean, log-variance].
+        decoder: Model, latents → images; the generator by itself.
+        objective: "elbo" or "published", see `Sampling`.
+        beta: weight of the KL; the loss is a bound only at 1.
+        seed: of the sampler.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+
+    def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, **kwargs):
+        super().__init__(**kwargs)
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        self.encoder, self.decoder = encoder, decoder
+        self.objective, self.beta, self.seed = objective, beta, seed
+        self.sampler = Sampling(objective, seed, name="sampler")
+        self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
+        self.kl_metric = keras.metrics.Mean(name="kl")
+        self.penalty_metric = keras.metrics.Mean(name="penalty")
+        self.build()
+
+    def build(self, input_shape=None):
+        self.sampler.built = self.built = True  # encoder and decoder come built
+
+    def call(self, images, training=False):
+        mean, log_var = self.encoder(scale(images), training=training)
+        self.add_loss(ops.mean(kl_divergence(mean, log_var)))  # compute_loss reads it: the first of self.losses
+        return self.decoder(self.sampler(mean, log_var, training=training), training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if sample_weight is not None:
+            raise ValueError("the VAE's objective is an average over images; sample_weight is not supported")
+        kl, *penalties = self.losses
+        reconstruction = ops.mean(reconstruction_loss(scale(x), y_pred))
+        penalty = sum(penalties, start=ops.zeros((), "float32"))
+        count = ops.shape(x)[0]
+        self.reconstruction_metric.update_state(reconstruction, sample_weight=count)
+        self.kl_metric.update_state(kl, sample_weight=count)
+        self.penalty_metric.update_state(penalty, sample_weight=count)
+        return reconstruction + self.beta * kl + penalty
+
+    def get_metrics_result(self):
+        figures = super().get_metrics_result()
+        if "kl" in figures:
+            figures["loss"] = figures["reconstruction"] + self.beta * figures["kl"]
+        return figures
+
+    def evaluate(self, *args, **kwargs):
+        self.sampler.restart_evaluation()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        self.sampler.restart_evaluation()
+        return super().predict(*args, **kwargs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "encoder": keras.saving.serialize_keras_object(self.encoder),
+            "decoder": keras.saving.serialize_keras_object(self.decoder),
+            "objective": self.objective,
+            "beta": self.beta,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        parts = {
+            name: keras.saving.deserialize_keras_object(config[name], custom_objects) for name in ("encoder", "decoder")
+        }
+        return cls(**{**config, **parts})
+
+
+def scale(images):
+    """Bring images to [0, 1] in float32: whole numbers are grey levels 0 to 255, floats are in [0, 1] already."""
+    if "int" in keras.backend.standardize_dtype(images.dtype):
+        return ops.cast(images, "float32") / 255.0
+    return ops.cast(images, "float32")
+
+
+def build_vae(config, image_shape=None):
+    """Build the VAE that a configuration describes.
+
+    Args:
+        config: a `Config`.
+        image_shape: (height, width, channels); by default config.image_shape, or that of the named data set.
+
+    Returns:
+        A built, not yet compiled `VAE`.
+
+    Raises:
+        ValueError: a height or width that is not a multiple of 8, or an image shape that only the data can tell.
+    """
+    image_shape = image_shape or config.image_shape or DATASETS.get(config.dataset)
+    if image_shape is None:
+        raise ValueError(f"the image shape of {config.dataset} is not known here; pass image_shape or set IMAGE_SHAPE")
+    if image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
+        raise ValueError(f"image shape {image_shape}: height and width must be multiples of 8, channels at least 1")
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.precision)
+    try:
+        encoder, decoder = build_encoder(config, image_shape), build_decoder(config, image_shape)
+        vae = VAE(encoder, decoder, config.objective, config.beta, config.seed, name="vae")
+    finally:
+        keras.config.set_dtype_policy(policy)
+    return vae
