@@ -9,6 +9,7 @@ import sys
 from importlib.machinery import PathFinder
 
 _HOMES = {"Config": "config", "build_vae": "vae", "load_data": "data", "load_run": "results", "train": "training"}
+_WITH_KERAS = ("training", "vae", "networks", "blocks")  # the first imports the others
 __all__ = ["Config", "build_vae", "load_data", "load_run", "train"]
 __version__ = "0.1.0"
 
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] in _WITH_KERAS:
+        importlib.import_module(f"{__name__}.training")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
@@ -37,7 +40,8 @@ class _RegisterWithKeras:
 
             def execute_and_register(module):
                 execute(module)
-                importlib.import_module(f"{__name__}.training")
+                if not any(f"{__name__}.{name}" in sys.modules for name in _WITH_KERAS):  # not from one of these
+                    importlib.import_module(f"{__name__}.training")
 
             spec.loader.exec_module = execute_and_register
         return spec

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.results import POST
 
@@ -84,6 +85,7 @@ def curves(run):
         axes.plot(epochs, [row[name] for row in run.history], ".-", label="training")
         axes.plot(epochs, [row[f"val_{name}"] for row in run.history], ".-", label="validation")
         axes.set(xlabel="epoch", ylabel="nats per image", title="KL" if name == "kl" else name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
     figure.suptitle(describe(run), fontsize=10)
@@ -103,6 +105,7 @@ def losses_by_epoch(runs):
     axes.plot([], [], "k.-", label="validation")
     axes.plot([], [], "k--", label="training")
     axes.set(xlabel="epoch", ylabel="loss, nats per image")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -48,7 +48,7 @@ def load_run(folder):
     path = run.folder / "model.keras"
     if not path.exists():
         raise UserError(f"{path} is missing; models are not kept in git: train again with the run's config.json")
-    from resnet_vae.vae import build_vae
+    from resnet_vae.training import build_vae
 
     vae = build_vae(run.config)
     try:

@@ -127,7 +127,7 @@ def compile_vae(vae, config, steps_per_epoch):
     vae.compile(optimizer, jit_compile=keras.backend.backend() == "jax" or (on_gpu and "auto"))  # slower on CPUs
 
 
-def train(config):
+def train(config, data=None):
     """Train the VAE that a configuration describes and record the run.
 
     A folder that holds a finished run of the same configuration is left as it is. The weights kept are those of the
@@ -135,6 +135,7 @@ def train(config):
 
     Args:
         config: a `Config`.
+        data: its `Data`, if it is loaded already.
 
     Returns:
         The run's folder, a Path, with config.json, history.csv, metrics.json, provenance.json and model.keras.
@@ -147,7 +148,7 @@ def train(config):
     if is_finished(config):
         print(f"{folder} holds a finished run of this configuration")
         return folder
-    data = load_data(config)
+    data = data or load_data(config)
     config = config.model_copy(update={"image_shape": data.image_shape})
     try:
         folder.mkdir(parents=True, exist_ok=True)

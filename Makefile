@@ -1,0 +1,47 @@
+# make demo, make test: the two commands of the README. make help lists the others.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
+
+.PHONY: help install demo test test-jax test-torch lint table1 clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/installed ## make .venv with everything that running needs
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed ## two depths on embedded digits, through notebooks: table and pictures
+	$(RUN) DATASET=digits WIDTH=0.125 LATENT_DIM=16 INTERMEDIATE_DIM=256 EPOCHS=40 BATCH_SIZE=32 LEARNING_RATE=0.002 \
+		DEPTHS="28 40" scripts/run_all.sh runs/demo
+	@echo "Pictures:"; ls runs/demo/*.png runs/demo/*/*.png
+
+table1: $(VENV)/installed ## the post's sweep: CIFAR-10, full width, four depths (PRESET=published for the post's recipe)
+	$(RUN) DATASET=cifar10 scripts/run_all.sh runs/table1
+
+test: $(VENV)/installed-dev ## the test suite on TensorFlow
+	$(RUN) $(BIN)/python -m pytest
+
+test-jax: $(VENV)/installed-dev ## the same tests on JAX
+	$(RUN) KERAS_BACKEND=jax $(BIN)/python -m pytest
+
+test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is installed into .venv
+	$(RUN) KERAS_BACKEND=torch $(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## ruff on the package, the tests, the scripts and the notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

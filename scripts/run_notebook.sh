@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Execute a notebook headlessly: run_notebook.sh NOTEBOOK [OUTDIR]
+#
+# The executed notebook goes to OUTDIR (default: $OUTDIR, or runs/NAME-<unix time>), which the notebook is told too.
+# Its log is shown as it comes. When a cell fails or the kernel dies, the notebook as far as it came is in OUTDIR and
+# the exit code is not 0.
+set -euo pipefail
+
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ ! -f "$1" ]; then
+  echo "usage: $0 NOTEBOOK [OUTDIR]${1:+ ($1 is no file)}" >&2
+  exit 2
+fi
+name=$(basename "$1")
+export OUTDIR=${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}
+export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
+export NOTEBOOK_FOLDER=$OUTDIR
+"${PYTHON:-python}" -m resnet_vae config > /dev/null # a mistake in the settings is told here, in one message
+mkdir -p "$OUTDIR"
+config=$(dirname "${BASH_SOURCE[0]}")/nbconvert_config.py
+exec "${PYTHON:-python}" -m jupyter nbconvert --config "$config" --log-level=WARN --to notebook --execute "$1" \
+  --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1
