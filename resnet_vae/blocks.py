@@ -16,9 +16,8 @@ class BatchNormalization(layers.BatchNormalization):
     """Batch normalisation (https://arxiv.org/abs/1502.03167) over all but the last axis, in the dtype of its input.
 
     The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow it runs as one fused
-    operation, with float32 statistics, instead of ten small ones in float32; that is most of a training step's cost
-    outside the convolutions. Like every fused implementation, it folds the unbiased variance of the batch
-    (n / (n - 1) times the biased one) into the moving variance.
+    operation, with float32 statistics, instead of ten small ones in float32, which are most of a training step's
+    cost outside the convolutions.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -27,20 +26,15 @@ class BatchNormalization(layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
-        training = bool(training) and self.trainable
-        outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
-            scale=self.gamma,
-            offset=self.beta,
-            mean=self.moving_mean,
-            variance=self.moving_variance,
-            epsilon=self.epsilon,
-            exponential_avg_factor=1.0 - self.momentum if training else 1.0,
-            is_training=training,
-        )
-        if training:
-            self.moving_mean.assign(mean)
-            self.moving_variance.assign(variance)
+        normalize, options = tf.compat.v1.nn.fused_batch_norm, {"epsilon": self.epsilon}
+        if not (training and self.trainable):
+            options |= {"mean": self.moving_mean, "variance": self.moving_variance, "is_training": False}
+            return normalize(inputs, self.gamma, self.beta, **options)[0]
+        outputs, mean, variance = normalize(inputs, self.gamma, self.beta, **options)
+        count = tf.cast(tf.size(inputs) // inputs.shape[-1], "float32")
+        variance *= (count - 1) / count  # the operation returns the unbiased one, Keras averages the biased one
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(self.momentum * moving + (1 - self.momentum) * batch)
         return outputs
 
 

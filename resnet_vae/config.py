@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 DATASETS = {  # the data sets with a name, and their images' shapes
     "digits": (16, 16, 1),
@@ -61,7 +61,7 @@ def blocks_per_stage(depth):
     if rest or blocks < 4:
         below = max(28, 28 + (depth - 28) // 6 * 6)
         nearest = f"{below} and {below + 6}"
-        told = f"depth {depth} cannot be reached; depths are 28, 34, 40, … (6 blocks + 4), the nearest are {nearest}"
+        told = f"cannot be reached; depths are 28, 34, 40, … (6 × blocks + 4), the nearest are {nearest}"
         if 0 <= depth <= 3:
             told += f" (the post's notebook wrote {depth} for depth {(28, 40, 70, 100)[depth]})"
         raise ValueError(told)
@@ -79,7 +79,19 @@ def _parse_shape(value):
     return value
 
 
-Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape)]
+def _check_shape(shape):
+    if min(shape[:2]) < 8 or shape[0] % 8 or shape[1] % 8 or shape[2] < 1:
+        raise ValueError("height and width must be multiples of 8, channels at least 1, as 32x32x3")
+    return shape
+
+
+def _check_depth(depth):
+    blocks_per_stage(depth)
+    return depth
+
+
+Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
+Depth = Annotated[int, AfterValidator(_check_depth)]
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
@@ -109,7 +121,7 @@ class Config(BaseModel):
         "holdout",
         description="holdout: a tenth of the training images, at most 5000; test: the test images, as the post did",
     )
-    resnet_depth: int = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
+    resnet_depth: Depth = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
     decoder: Literal["mirrored", "published"] = Field(
         "mirrored", description="order of the decoder's filters: mirrored 2048 to 64, published 64 to 2048 (the post's)"
     )
@@ -152,7 +164,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+            raise ConfigError(_explain(error, values)) from None
         preset = PUBLISHED if self.preset == "published" else {}
         for name in type(self).model_fields:
             self._origins[name] = "given" if name in values else "preset" if name in preset else "default"
@@ -161,23 +173,6 @@ class Config(BaseModel):
     @classmethod
     def _apply_preset(cls, values):
         return {**PUBLISHED, **values} if values.get("preset") == "published" else values
-
-    @model_validator(mode="after")
-    def _check(self):
-        problems = []
-        try:
-            blocks_per_stage(self.resnet_depth)
-        except ValueError as error:
-            problems.append(f"resnet_depth is {self.resnet_depth}: {error}")
-        if self.image_shape:
-            height, width, channels = self.image_shape
-            if height < 8 or width < 8 or height % 8 or width % 8 or channels < 1:
-                problems.append(
-                    f"image_shape is {self.image_shape}; height and width must be multiples of 8, channels at least 1"
-                )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
     @classmethod
     def from_env(cls, environ=None, **flags):
@@ -253,18 +248,17 @@ class Config(BaseModel):
         )
 
 
-def _explain(error):
-    """Put pydantic's findings into lines: the name, the value, what was expected."""
-    lines = []
+def _explain(error, given):
+    """Put pydantic's findings into a line a field: its name, its value, what was expected."""
+    lines = {}
     for finding in error.errors():
-        message = finding["msg"].removeprefix("Value error, ")
-        if not finding["loc"]:
-            lines.append(message)
-            continue
-        name = finding["loc"][0]
+        name = str(finding["loc"][0])
         if finding["type"] == "extra_forbidden":
-            meant = difflib.get_close_matches(str(name), Config.model_fields, n=1)
-            lines.append(f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else ""))
-        else:
-            lines.append(f"{name} is {finding['input']!r}: {message[0].lower()}{message[1:]}")
-    return "\n".join(lines)
+            meant = difflib.get_close_matches(name, Config.model_fields, n=1)
+            lines[name] = f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else "")
+            continue
+        expected = finding["msg"].removeprefix("Value error, ")
+        if len(finding["loc"]) > 1:  # a part of the image shape
+            expected = "expected height, width and channels, as 32x32x3"
+        lines[name] = f"{name} is {given.get(name)!r}: {expected[0].lower()}{expected[1:]}"
+    return "\n".join(lines.values())

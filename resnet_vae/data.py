@@ -72,7 +72,7 @@ def load_data(config):
         train, test = _resize(train, shape), None if test is None else _resize(test, shape)
     _check(name, train, "training")
     if test is None:
-        train, test = _hold_out(train, len(train) // 10, config.seed)
+        train, test = _hold_out(name, train, len(train) // 10, config.seed)
     _check(name, test, "test")
     if train.shape[1:] != test.shape[1:]:
         raise DataError(
@@ -83,7 +83,7 @@ def load_data(config):
         digest.update(np.ascontiguousarray(images).data)
     validation = test
     if config.validation == "holdout":
-        train, validation = _hold_out(train, min(HELD_OUT, len(train) // 10), config.seed)
+        train, validation = _hold_out(name, train, min(HELD_OUT, len(train) // 10), config.seed)
     return Data(Path(name).name, train, validation, test, digest.hexdigest())
 
 
@@ -98,10 +98,10 @@ def entropy_floor(images):
     return float(np.bincount(images.ravel(), minlength=256) @ entropy / len(images))
 
 
-def _hold_out(images, count, seed):
+def _hold_out(name, images, count, seed):
     """Part `count` images, chosen by seed, from the others: two views of the array, whose order is changed."""
     if count < 1:
-        raise DataError(f"{len(images)} images are too few to hold some out; at least 10 are needed")
+        raise DataError(f"{name}: {len(images)} images are too few to hold some out; at least 10 are needed")
     keep = len(images) - count
     chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
     early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(images)), chosen)
@@ -209,6 +209,7 @@ def _npz(path):
 
 def _levels(path, images):
     """Check an array of images and bring it to uint8 (images, height, width, channels)."""
+    images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.dtype.kind not in "uif":

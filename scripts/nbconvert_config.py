@@ -35,3 +35,4 @@ c = get_config()  # noqa: F821, which traitlets provides
 c.NotebookExporter.default_preprocessors = [
     LiveExecutePreprocessor if name == stock else name for name in NotebookExporter().default_preprocessors
 ]
+c.KernelManager.transport = "ipc"  # no ports: nothing else on the machine can talk to the kernel

@@ -1,0 +1,54 @@
+"""What the tests share: tiny networks, and one finished run on digits."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pytest
+
+from resnet_vae import Config
+
+TINY = {
+    "dataset": "digits",
+    "width": 1 / 16,
+    "latent_dim": 8,
+    "intermediate_dim": 64,
+    "batch_size": 64,
+    "epochs": 3,
+    "warmup_steps": 10,
+    "learning_rate": 0.002,
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """No setting of the caller's environment reaches a test."""
+    for name in Config.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae():
+    """An untrained VAE whose blocks are no identities and whose posterior is not the prior."""
+    import keras
+
+    from resnet_vae import build_vae
+
+    keras.utils.set_random_seed(1)
+    vae = build_vae(Config(**TINY, initialization="published"))
+    vae.compile("adam", jit_compile=False)
+    return vae
+
+
+@pytest.fixture(scope="session")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (48, 16, 16, 1), "uint8")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run of three epochs on digits."""
+    from resnet_vae import train
+
+    return train(Config(**TINY, outdir=str(tmp_path_factory.mktemp("sweep") / "depth-28"), cmdline=True))

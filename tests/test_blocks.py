@@ -1,0 +1,121 @@
+"""The blocks against a float64 NumPy computation with the same weights."""
+
+import keras
+import numpy as np
+import pytest
+
+from resnet_vae.blocks import BatchNormalization, Bottleneck, conv_block, identity_block
+
+RNG = np.random.default_rng(0)
+EPSILON = 1e-3
+
+
+def convolve(x, kernel, bias, stride=1):
+    """Stride and "same" padding, by summing shifted images; kernels of side 1 and 3."""
+    side = kernel.shape[0]
+    padded = np.pad(x, ((0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0)))
+    height, width = x.shape[1:3]
+    total = sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(side) for j in range(side))
+    return total[:, ::stride, ::stride] + bias
+
+
+def convolve_transposed(x, kernel, bias, stride):
+    """A 1×1 transposed convolution: the products at every stride-th position, the bias everywhere."""
+    batch, height, width, _ = x.shape
+    out = np.zeros((batch, height * stride, width * stride, kernel.shape[2]))
+    out[:, ::stride, ::stride] = x @ kernel[0, 0].T  # Keras keeps transposed kernels as (h, w, out, in)
+    return out + bias
+
+
+def normalize(x, weights, training):
+    gamma, beta, mean, variance = weights
+    if training:
+        mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    return gamma * (x - mean) / np.sqrt(variance + EPSILON) + beta
+
+
+def reference(block, x, training):
+    def weights(layer):
+        return [np.asarray(keras.ops.convert_to_numpy(w), "float64") for w in layer.weights]
+
+    stride = block.strides[0]
+    strided = convolve_transposed if block.transpose else convolve
+    y = normalize(strided(x, *weights(block.conv1), stride), weights(block.bn1), training)
+    y = normalize(convolve(np.maximum(y, 0), *weights(block.conv2)), weights(block.bn2), training)
+    y = normalize(convolve(np.maximum(y, 0), *weights(block.conv3)), weights(block.bn3), training)
+    if block.projection:
+        x = normalize(strided(x, *weights(block.shortcut), stride), weights(block.shortcut_bn), training)
+    return np.maximum(x + y, 0)
+
+
+def make_block(kind, dtype):
+    options = {
+        "identity": {"filters": (3, 4, 6)},
+        "conv": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True},
+        "conv, stride 1": {"filters": (3, 4, 8), "projection": True},
+        "transposed": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True, "transpose": True},
+    }[kind]
+    block = Bottleneck(**options, dtype=dtype, name="block")
+    block.build((None, 6, 8, 6))
+    for weight in block.weights:  # nothing at its initial zero or one
+        low = 0.5 if "variance" in weight.path or "gamma" in weight.path else -0.5
+        weight.assign(RNG.uniform(low, low + 1, weight.shape))
+    return block
+
+
+KINDS = ["identity", "conv", "conv, stride 1", "transposed"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12)])
+def test_block_is_what_numpy_computes(kind, training, dtype, tolerance):
+    if dtype == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX computes in float64 only if the whole process does")
+    block = make_block(kind, dtype)
+    x = RNG.standard_normal((4, 6, 8, 6)).astype(dtype)
+    expected = reference(block, x.astype("float64"), training)
+    output = keras.ops.convert_to_numpy(block(x, training=training))
+    assert output.shape == block.compute_output_shape(x.shape) == expected.shape
+    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("kind", ["identity", "transposed"])
+def test_block_in_bfloat16_is_close(kind):
+    block = make_block(kind, "mixed_bfloat16")
+    x = RNG.standard_normal((4, 6, 8, 6)).astype("float32")
+    expected = reference(block, x.astype("float64"), True)
+    output = keras.ops.convert_to_numpy(keras.ops.cast(block(x, training=True), "float32"))
+    assert np.abs(output - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
+def test_batch_normalization_is_kerass_own():
+    """Outputs, gradients through training steps and moving statistics, against the layer it takes the place of."""
+    ours, theirs = BatchNormalization(momentum=0.8), keras.layers.BatchNormalization(momentum=0.8)
+    for layer in (ours, theirs):
+        layer.build((None, 3, 3, 5))
+        layer.gamma.assign(np.linspace(0.5, 2, 5))
+        layer.beta.assign(np.linspace(-1, 1, 5))
+    for _ in range(3):
+        x = (RNG.standard_normal((2, 3, 3, 5)) * 3 + 1).astype("float32")
+        for training in (True, False):
+            outputs = [keras.ops.convert_to_numpy(layer(x, training=training)) for layer in (ours, theirs)]
+            np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+    for ours_weight, theirs_weight in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (ours_weight, theirs_weight)), rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_start_as_their_shortcuts():
+    x = np.abs(RNG.standard_normal((2, 4, 4, 8))).astype("float32")
+    output = identity_block(x, 3, (2, 2, 8), gain=0.0)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(output), x)
+
+
+def test_shapes_and_the_wrong_channels():
+    image = keras.Input((8, 12, 6))
+    assert conv_block(image, 3, (2, 2, 10)).shape == (None, 4, 6, 10)
+    assert conv_block(image, 3, (2, 2, 10), strides=(1, 1)).shape == (None, 8, 12, 10)
+    assert conv_block(image, 3, (2, 2, 10), transpose=True).shape == (None, 16, 24, 10)
+    assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
+    with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
+        identity_block(image, 3, (2, 2, 7))

@@ -1,0 +1,180 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from resnet_vae import Config
+from resnet_vae.config import PUBLISHED, ConfigError, blocks_per_stage
+
+
+def test_depths_of_the_table_have_the_posts_blocks():
+    assert [blocks_per_stage(depth) for depth in (28, 40, 70, 100)] == [
+        (1, 1, 1, 1),
+        (1, 2, 2, 1),
+        (2, 3, 4, 2),
+        (3, 4, 6, 3),
+    ]
+
+
+@pytest.mark.parametrize("blocks", [5, 7, 12, 33, 166])
+def test_every_reachable_depth_counts_its_layers(blocks):
+    depth = 2 * (3 * blocks + 2)
+    stages = blocks_per_stage(depth)
+    assert sum(stages) == blocks
+    assert min(stages) >= 1
+    assert all(abs(count - blocks * share / 16) < 1 for count, share in zip(stages, (3, 4, 6, 3), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("depth", "told"), [(29, "28 and 34"), (99, "94 and 100"), (22, "28 and 34"), (-5, "28 and 34"), (1001, "1000 and")]
+)
+def test_unreachable_depth_names_the_two_nearest(depth, told):
+    with pytest.raises(ConfigError, match=told):
+        Config(resnet_depth=depth)
+
+
+def test_the_posts_own_numbers_are_explained():
+    for number, depth in enumerate((28, 40, 70, 100)):
+        with pytest.raises(ConfigError, match=f"wrote {number} for depth {depth}"):
+            Config(resnet_depth=number)
+
+
+BAD = {
+    "PRESET": "postt",
+    "DATASET": None,
+    "IMAGE_SHAPE": "30x32x3",
+    "VALIDATION": "train",
+    "RESNET_DEPTH": "deep",
+    "DECODER": "flipped",
+    "WIDTH": "0",
+    "LATENT_DIM": "0",
+    "INTERMEDIATE_DIM": "-1",
+    "ACTIVATION": "rellu",
+    "DROPOUT": "1",
+    "INITIALIZATION": "zero",
+    "OBJECTIVE": "vae",
+    "BETA": "-1",
+    "MEAN_L2": "nan",
+    "LOG_VAR_L2": "inf",
+    "BATCH_SIZE": "2.5",
+    "EPOCHS": "0",
+    "LEARNING_RATE": "fast",
+    "SCHEDULE": "step",
+    "WARMUP_STEPS": "-1",
+    "DECAY": "-0.1",
+    "WEIGHT_DECAY": "-1",
+    "CLIP_NORM": "-1",
+    "PATIENCE": "-1",
+    "MIN_DELTA": "-1",
+    "PRECISION": "float8",
+    "SEED": "-1",
+    "OUTDIR": None,
+    "CMDLINE": None,
+}
+
+
+def test_every_field_has_a_bad_value_here():
+    assert {name.lower() for name in BAD} == set(Config.model_fields)
+
+
+@pytest.mark.parametrize("name", [name for name, value in BAD.items() if value is not None])
+def test_a_bad_value_is_named_with_its_field(name):
+    with pytest.raises(ConfigError) as error:
+        Config.from_env({name: BAD[name]})
+    told = str(error.value)
+    assert name.lower() in told
+    assert BAD[name].split("x")[0] in told
+    assert "\n" not in told
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        Config.from_env({"WIDTH": "-1", "EPOCHS": "many", "RESNET_DEPTH": "3x", "LATNT_DIM": "4", "DROPUOT": "0.1"})
+    told = str(error.value)
+    assert len(told.splitlines()) == 5
+    assert "LATNT_DIM is no setting; did you mean LATENT_DIM?" in told
+    assert "DROPOUT" in told
+
+
+def test_depth_and_shape_are_told_with_the_others():
+    with pytest.raises(ConfigError) as error:
+        Config.from_env({"WIDTH": "-1", "RESNET_DEPTH": "30", "IMAGE_SHAPE": "9x8x1"})
+    assert [line.split()[0] for line in sorted(str(error.value).splitlines())] == [
+        "image_shape",
+        "resnet_depth",
+        "width",
+    ]
+
+
+def test_environment_that_has_nothing_to_do_with_us_is_left_alone():
+    Config.from_env(
+        dict(os.environ) | {"EDITOR": "vi", "DEPTHS": "28 40", "LOGNAME": "x", "RESULTS": "x", "EPOCHS": ""}
+    )
+
+
+def test_values_and_where_they_came_from():
+    config = Config.from_env(
+        {"PRESET": "published", "EPOCHS": "7", "BATCH_SIZE": "50", "IMAGE_SHAPE": "64x48x1", "CMDLINE": "1"},
+        batch_size="9",
+    )
+    assert (config.epochs, config.batch_size, config.image_shape, config.cmdline) == (7, 9, (64, 48, 1), True)
+    assert {name: getattr(config, name) for name in PUBLISHED if name not in ("epochs", "batch_size")} == {
+        name: value for name, value in PUBLISHED.items() if name not in ("epochs", "batch_size")
+    }
+    origins = config.origins
+    assert origins["epochs"] == "environment (EPOCHS)"
+    assert origins["batch_size"] == "command line"
+    assert origins["activation"] == "preset"
+    assert origins["latent_dim"] == "default"
+    for name in Config.model_fields:
+        assert any(line.startswith(name.upper()) for line in config.describe().splitlines())
+
+
+def test_a_configuration_is_frozen_and_survives_its_record():
+    config = Config(width=0.25, image_shape=(8, 16, 2))
+    with pytest.raises(ValidationError):
+        config.width = 1
+    record = json.loads(json.dumps({"values": config.model_dump(mode="json"), "origins": config.origins}))
+    assert Config.from_record(record) == config
+    for broken in ({}, [], {"values": 3, "origins": {}}, {"values": {"width": "x"}, "origins": {}}):
+        with pytest.raises(ConfigError):
+            Config.from_record(broken)
+
+
+def test_package_and_configuration_import_no_backend():
+    code = (
+        "import sys, resnet_vae; resnet_vae.Config.from_env({});"
+        "sys.exit(bool({'tensorflow', 'keras', 'jax', 'torch', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["config", "train", "finished"])
+def test_command_line_tells_mistakes_quickly(command):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", command, "--latent-dim", "many"],
+        env=os.environ | {"BATCH_SIZE": "x", "SEEDS": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.perf_counter() - began < 2
+    assert done.returncode == 2
+    assert not done.stdout
+    for told in ("latent_dim is 'many'", "batch_size is 'x'", "did you mean SEED?"):
+        assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_config_command_documents_every_field():
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", "config"], capture_output=True, text=True, check=True, env=os.environ
+    )
+    for name, field in Config.model_fields.items():
+        assert field.description
+        assert f"{name.upper():<18}{field.description}" in done.stdout

@@ -1,0 +1,153 @@
+import io
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_vae import Config, load_data
+from resnet_vae.data import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(count, *shape):
+    return RNG.integers(0, 256, (count, *shape), "uint8")
+
+
+def load(path, **settings):
+    return load_data(Config(dataset=str(path), **settings))
+
+
+def write_folder(folder, images, suffix="png"):
+    for number, image in enumerate(images):
+        path = folder / f"class{number % 2}" / f"{number:03}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(path)
+
+
+def test_digits_are_digits_and_split_without_overlap_or_copy():
+    data = load("digits")
+    assert (len(data.train), len(data.validation), len(data.test)) == (1295, 143, 359)
+    assert data.image_shape == (16, 16, 1)
+    assert {part.dtype.name for part in (data.train, data.validation, data.test)} == {"uint8"}
+    assert data.train.base is data.validation.base is not None
+    both = np.concatenate([data.train, data.validation])
+    whole = load("digits", validation="test")
+    assert np.array_equal(whole.validation, whole.test)
+    assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in whole.train)
+    assert data.fingerprint == whole.fingerprint == load("digits", seed=1).fingerprint
+    assert not np.array_equal(data.validation, load("digits", seed=1).validation)
+    assert np.array_equal(data.validation, load("digits").validation)
+
+
+def test_folder_with_train_and_test(tmp_path):
+    train, test = pictures(20, 16, 8, 3), pictures(6, 16, 8, 3)
+    write_folder(tmp_path / "train", train)
+    write_folder(tmp_path / "test", test)
+    (tmp_path / "train" / "README.txt").write_text("no image")
+    data = load(tmp_path, validation="test")
+    assert data.name == tmp_path.name
+    assert sorted(i.tobytes() for i in data.train) == sorted(i.tobytes() for i in train)
+    assert sorted(i.tobytes() for i in data.test) == sorted(i.tobytes() for i in test)
+    test[0, 0, 0, 0] ^= 1
+    write_folder(tmp_path / "test", test)
+    assert load(tmp_path, validation="test").fingerprint != data.fingerprint
+
+
+def test_folder_of_just_images_of_any_size(tmp_path):
+    for number, size in enumerate([(30, 50), (64, 20), (16, 16)] * 7):
+        Image.fromarray(pictures(1, *size)[0]).save(tmp_path / f"{number}.jpg")
+    data = load(tmp_path, image_shape=(24, 32, 1))
+    assert data.image_shape == (24, 32, 1)
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 1, 2)
+    with pytest.raises(DataError, match=r"16x16.*others are 30x50; set IMAGE_SHAPE|64x20"):
+        load(tmp_path)
+    assert load(tmp_path, image_shape=(16, 16, 3)).image_shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
+def test_npz_of_arrays(tmp_path, names):
+    arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    data = load(tmp_path / "a.npz", validation="test")
+    np.testing.assert_array_equal(data.train, arrays[names[0]])
+    np.testing.assert_array_equal(data.test, arrays[names[1]])
+
+
+def test_npz_of_floats_and_without_channels(tmp_path):
+    images = pictures(40, 16, 8)
+    np.savez(tmp_path / "a.npz", images=images / 255)
+    data = load(tmp_path / "a.npz")
+    assert data.image_shape == (16, 8, 1)
+    whole = np.concatenate([data.train, data.validation, data.test])[..., 0]
+    assert sorted(i.tobytes() for i in whole) == sorted(i.tobytes() for i in images)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"x_train": np.full((20, 8, 8), np.nan)}, "run from nan to nan; expected 0 to 1"),
+        ({"x_train": np.full((20, 8, 8), 7.0)}, "expected 0 to 1"),
+        ({"x_train": np.full((20, 8, 8), -1)}, "expected 0 to 255"),
+        ({"x_train": np.full((20, 8, 8), 256)}, "expected 0 to 255"),
+        ({"x_train": np.zeros((20, 8), "uint8")}, "expected numbers"),
+        ({"x_train": np.full((20, 8, 8), "a")}, "expected numbers"),
+        ({"x_train": np.zeros((20, 8, 8), object)}, "cannot be read"),
+        ({"pictures": np.zeros((20, 8, 8))}, "has arrays pictures; expected x_train"),
+        ({"x_train": np.zeros((0, 8, 8), "uint8")}, "no training images"),
+        ({"x_train": np.zeros((9, 8, 8), "uint8")}, "too few"),
+        ({"x_train": pictures(20, 30, 33)}, "set IMAGE_SHAPE, for example 32x32x1"),
+        ({"x_train": pictures(20, 8, 8), "x_test": pictures(5, 16, 8)}, "set IMAGE_SHAPE"),
+    ],
+)
+def test_npz_that_cannot_be_used(tmp_path, arrays, told):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=told) as error:
+        load(tmp_path / "bad.npz")
+    assert "bad.npz" in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="neither one of digits"):
+        load("no-such-set")
+    with pytest.raises(DataError, match="no images"):
+        load(tmp_path)
+    np.savez(tmp_path / "cut.npz", x_train=pictures(20, 8, 8))
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.npz cannot be read"):
+        load(tmp_path / "cut.npz")
+    with zipfile.ZipFile(tmp_path / "junk.npz", "w") as archive:
+        archive.writestr("x_train.npy", b"junk")
+    with pytest.raises(DataError, match=r"junk\.npz"):
+        load(tmp_path / "junk.npz")
+    write_folder(tmp_path / "set", pictures(12, 8, 8))
+    png = io.BytesIO()
+    Image.fromarray(pictures(1, 8, 8)[0]).save(png, "png")
+    (tmp_path / "set" / "class0" / "zz.png").write_bytes(png.getvalue()[:40])
+    with pytest.raises(DataError, match=r"zz\.png cannot be read as an image"):
+        load(tmp_path / "set")
+
+
+def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("no network")
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", fail)
+    with pytest.raises(DataError) as error:
+        load("cifar10")
+    for told in ("no network", "cifar-10-python.tar.gz", str(tmp_path / "datasets"), "DATASET=digits"):
+        assert told in str(error.value)
+
+
+def test_mnist_gets_a_border(monkeypatch, tmp_path):
+    images = pictures(20, 28, 28)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda: ((images, None), (images, None)))
+    data = load("mnist", validation="test")
+    np.testing.assert_array_equal(data.train[:, 2:-2, 2:-2, 0], images)
+    assert data.image_shape == (32, 32, 1)
+    assert not data.train[:, :2].any()

@@ -1,0 +1,133 @@
+"""The notebooks and the sweep, headlessly, as a person runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import TINY
+
+HOME = Path(__file__).parent.parent
+NOTEBOOKS = sorted((HOME / "notebooks").glob("*.ipynb"))
+
+
+def environment(**settings):
+    settings = {name.upper(): str(value) for name, value in {**TINY, "epochs": 1, **settings}.items()}
+    return os.environ | {"PYTHON": sys.executable} | settings
+
+
+def test_notebooks_are_committed_without_outputs():
+    assert len(NOTEBOOKS) == 2
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            assert not cell.get("outputs")
+            assert cell.get("execution_count") is None
+
+
+def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
+    """A Ctrl-C at the second depth keeps the first; the same command trains only what is missing."""
+    sweep = tmp_path / "sweep"
+    command = [HOME / "scripts" / "run_all.sh", sweep]
+    options = {"cwd": tmp_path, "env": environment(depths="28 34"), "text": True}
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
+        deadline = time.monotonic() + 300
+        while "depth 34: training" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(4)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) == 130
+    log = (tmp_path / "log").read_text()
+    assert "epoch 1/1  loss" in log
+    assert (sweep / "depth-28" / "metrics.json").exists()
+    assert not (sweep / "depth-34" / "metrics.json").exists()
+    first = (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns
+
+    done = subprocess.run(command, capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert "depth 28: finished already" in done.stdout
+    assert (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns == first
+    for depth in (28, 34):
+        run = sweep / f"depth-{depth}"
+        cells = nbformat.read(run / "resnet_vae.ipynb", 4).cells
+        assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
+        pictures = {"curves.png", "reconstructions.png", "samples.png", "interpolations.png"}
+        assert pictures <= {path.name for path in run.iterdir()}
+        assert f"| depth-{depth} | {depth} |" in done.stdout
+    assert {"table.md", "table.csv", "table.tex", "losses_by_depth.png"} <= {path.name for path in sweep.iterdir()}
+
+    shown = subprocess.run(
+        [HOME / "scripts" / "run_notebook.sh", HOME / "notebooks" / "results.ipynb", tmp_path / "shown"],
+        cwd=tmp_path,
+        env=environment(results=sweep),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    outputs = [
+        output
+        for cell in nbformat.read(tmp_path / "shown" / "results.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+    ]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
+
+
+def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
+    done = subprocess.run(
+        [HOME / "scripts" / "run_all.sh", "sweep"],
+        cwd=tmp_path,
+        env=environment(depths="29 28", runner="command"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the nearest are 28 and 34" in done.stderr
+    assert "not finished: 29" in done.stderr
+    assert "| depth-28 | 28 |" in done.stdout
+    assert (tmp_path / "sweep" / "depth-28" / "samples.png").exists()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(1)", "Kernel died")],
+    ids=["error", "death"],
+)
+def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, told):
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in ("print('so far')", cell)]
+    )
+    nbformat.write(notebook, tmp_path / "failing.ipynb")
+    done = subprocess.run(
+        [HOME / "scripts" / "run_notebook.sh", tmp_path / "failing.ipynb", tmp_path / "out"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode not in (0, None)
+    assert "so far" in done.stdout
+    assert told in done.stderr
+    kept = nbformat.read(tmp_path / "out" / "failing.ipynb", 4)
+    assert kept.cells[0].outputs[0].text == "so far\n"
+
+
+def test_run_notebook_tells_mistakes_before_it_starts(tmp_path):
+    script = HOME / "scripts" / "run_notebook.sh"
+    missing = subprocess.run([script, "no.ipynb"], capture_output=True, text=True, check=False, env=environment())
+    assert (missing.returncode, "no.ipynb is no file" in missing.stderr) == (2, True)
+    bad = subprocess.run(
+        [script, NOTEBOOKS[0], tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(beta="much"),
+    )
+    assert (bad.returncode, "beta is 'much'" in bad.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()

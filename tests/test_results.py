@@ -1,0 +1,94 @@
+"""The table from run folders alone, without a backend."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from resnet_vae import Config
+from resnet_vae.config import UserError
+from resnet_vae.records import FIGURES, read_sweep
+from resnet_vae.results import table_rows, write_table
+
+
+def write_run(folder, depth, loss, name="cifar10", **settings):
+    """A run folder as training writes it, with made-up figures."""
+    folder.mkdir(parents=True)
+    config = Config(resnet_depth=depth, image_shape=(32, 32, 3), **settings)
+    figures = {"loss": loss, "reconstruction": loss - 40, "kl": 40.0, "penalty": 0.0}
+    files = {
+        "config.json": {"values": config.model_dump(mode="json"), "origins": config.origins},
+        "metrics.json": {
+            "parameters": 1234567,
+            "epochs": 2,
+            "best_epoch": 2,
+            "hours": 1.5,
+            "train": figures | {"loss": loss - 5},
+            "validation": figures,
+            "validation_floor": 1683.0,
+            "test": figures | {"loss": loss + 1},
+            "test_floor": 1684.0,
+        },
+        "provenance.json": {"data": {"name": name}},
+    }
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
+    names = ["epoch", *FIGURES, *(f"val_{figure}" for figure in FIGURES)]
+    rows = [[epoch, *[loss + 10 / epoch] * 8] for epoch in (1, 2)]
+    (folder / "history.csv").write_text("\n".join(",".join(map(str, row)) for row in [names, *rows]) + "\n")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    write_run(tmp_path / "depth-40", 40, 1840.0)
+    write_run(tmp_path / "depth-28", 28, 1850.0, validation="test")
+    write_run(tmp_path / "post_28", 28, 1800.25, name="a_b<|$%\\", objective="published", beta=0.5)
+    (tmp_path / "unfinished").mkdir()
+    return tmp_path
+
+
+EXPECTED = """\
+| depth-28 | 28 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1845.0 | 1850.0 | 1810.0 | 40.00 | 127.0 | 1851.0 |
+| depth-40 | 40 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1835.0 | 1840.0 | 1800.0 | 40.00 | 117.0 | 1841.0 |
+| post_28 | 28 | published, beta 0.5 | 1 | 1,234,567 | 2 | 1.50 | 1795.2 | 1800.2 | 1760.2 | 40.00 | 77.2 | 1801.2 |
+| the post's | 28 | published | 1 |  | 384 | 79.20 | 1790.4 | 1794.7 | 1763.3 | 32.79 |  |  |
+"""
+
+
+def test_table_is_the_runs_beside_the_posts_rows(sweep):
+    markdown = write_table(sweep)
+    assert EXPECTED in markdown
+    assert markdown.count("| the post's |") == 4
+    for told in ("VALIDATION=test", "no bound on the likelihood", "Where beta is not 1", "a_b&lt;\\|$%\\"):
+        assert told in markdown
+    assert (sweep / "table.md").read_text() == markdown
+    csv = (sweep / "table.csv").read_text().splitlines()
+    assert csv[1] == "depth-28,28,elbo,1.0,1234567,2,1.5,1845.0,1850.0,1810.0,40.0,127.0,1851.0"
+    assert csv[-1] == "the post's,100,published,1.0,,,164.7,1782.3,1804.0,1787.75,29.94,,"
+    latex = (sweep / "table.tex").read_text()
+    assert r"post\_28 & 28 & published, beta 0.5 & 1 & 1,234,567" in latex
+    assert latex.count("\\\\\n") == 1 + len(table_rows(read_sweep(sweep)))
+
+
+def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
+    code = (
+        "import sys; from resnet_vae.__main__ import main; sys.argv = ['', 'table', sys.argv[1]]; code = main();"
+        "sys.exit(code or bool({'keras', 'tensorflow', 'jax'} & set(sys.modules)))"
+    )
+    names = ("table.md", "table.csv", "table.tex", "losses_by_epoch.png", "losses_by_depth.png")
+    written = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(sweep)], capture_output=True, text=True, check=True, env=os.environ
+        )
+        assert EXPECTED in done.stdout
+        written.append([(sweep / name).read_bytes() for name in names])
+    assert written[0] == written[1]
+    assert {path.name for path in sweep.iterdir() if path.is_file()} == set(names)
+
+
+def test_no_runs_is_told(tmp_path):
+    with pytest.raises(UserError, match="no finished runs below it"):
+        write_table(tmp_path)

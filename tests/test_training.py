@@ -1,0 +1,191 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import TINY
+from keras import ops
+
+from resnet_vae import Config, build_vae, load_data, load_run, train
+from resnet_vae.config import UserError
+from resnet_vae.data import entropy_floor
+from resnet_vae.records import FIGURES, is_finished, read_run
+from resnet_vae.results import evaluate_run
+from resnet_vae.training import AdamW, Batches, TrainingError, compile_vae
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    images = np.arange(10, dtype="uint8").reshape(10, 1, 1, 1)
+
+    def epochs(seed, count=2):
+        batches = Batches(images, 4, seed)
+        for _ in range(count):
+            yield [batches[i][0].ravel().tolist() for i in range(len(batches))]
+            batches.on_epoch_end()
+
+    first, second = epochs(0)
+    assert [first, second] == list(epochs(0))
+    assert first != second
+    assert first != next(epochs(1))
+    assert [len(batch) for batch in first] == [4, 4]
+    assert len({*first[0], *first[1]}) == 8
+    in_order = Batches(images, 4)
+    assert [in_order[i][0].ravel().tolist() for i in range(len(in_order))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert np.shares_memory(in_order[0][0], images)
+    assert len(Batches(images, 64, 0)) == 1
+
+
+def test_adamw_with_decay_is_the_formula():
+    """Five steps against float64 NumPy: AdamW's update at a rate divided by 1 + decay × steps."""
+    rate, decay, wd, b1, b2, eps = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7
+    gradients = np.random.default_rng(0).standard_normal((5, 3))
+    variable = keras.Variable(np.ones(3, "float32"))
+    optimizer = AdamW(rate, weight_decay=wd, decay=decay)
+    expected, m, v = np.ones(3), 0.0, 0.0
+    for step, gradient in enumerate(gradients):
+        optimizer.apply([ops.convert_to_tensor(gradient, "float32")], [variable])
+        expected = expected * (1 - wd * rate)
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        corrected = m / (1 - b1 ** (step + 1)) / (np.sqrt(v / (1 - b2 ** (step + 1))) + eps)
+        expected = expected - rate / (1 + decay * step) * corrected
+    np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, rtol=1e-5)
+    assert AdamW.from_config(optimizer.get_config()).decay == decay
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("cosine", (0, 1, 0.5, 0)), ("constant", (1, 1, 1, 1))])
+def test_schedules(tiny_vae, schedule, rates):
+    config = Config(**{**TINY, "warmup_steps": 10, "epochs": 21, "learning_rate": 0.3, "schedule": schedule})
+    vae = build_vae(config)
+    compile_vae(vae, config, steps_per_epoch=10)
+    for step, rate in zip((0, 10, 110, 210), rates, strict=True):
+        vae.optimizer.iterations.assign(step)
+        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(0.3 * rate, abs=1e-6)
+
+
+def test_a_finished_run_is_recorded_whole(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names == {"config.json", "history.csv", "metrics.json", "provenance.json", "model.keras"}
+    run = read_run(finished_run)
+    assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    best = min(run.history, key=lambda row: row["val_loss"])
+    assert run.metrics["best_epoch"] == best["epoch"]
+    for name in FIGURES:
+        assert run.metrics["train"][name] == pytest.approx(best[name], rel=1e-5)
+        assert run.metrics["validation"][name] == pytest.approx(best[f"val_{name}"], rel=1e-5)
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+    assert run.history[-1]["learning_rate"] < run.history[0]["learning_rate"]
+    data = load_data(run.config)
+    assert run.provenance["data"]["fingerprint"] == data.fingerprint
+    assert run.metrics["validation_floor"] == entropy_floor(data.validation)
+    assert run.provenance["backend"] == keras.backend.backend()
+    assert run.provenance["versions"][keras.backend.backend()]
+    assert 0 < run.provenance["seconds_per_epoch"] * 3 <= run.provenance["seconds"] + 1e-9
+    origins = json.loads((finished_run / "config.json").read_text())["origins"]
+    assert origins["width"] == "given"
+    assert origins["beta"] == "default"
+
+
+def test_load_run_gives_the_model_of_the_record(finished_run):
+    run, vae = load_run(finished_run)
+    test = load_data(run.config).test
+    figures = vae.evaluate(Batches(test, run.config.batch_size), verbose=0, return_dict=True)
+    assert figures == pytest.approx(run.metrics["test"], rel=1e-5)
+    saved = keras.saving.load_model(finished_run / "model.keras")
+    np.testing.assert_array_equal(vae.predict(test[:9], verbose=0), saved.predict(test[:9], verbose=0))
+
+
+def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
+    run, _ = load_run(finished_run)
+    np.savez(tmp_path / "again.npz", x_train=load_data(run.config).train, x_test=load_data(run.config).test)
+    result = evaluate_run(finished_run, str(tmp_path / "again.npz"))
+    assert {name: result[name] for name in FIGURES} == pytest.approx(run.metrics["test"], rel=1e-5)
+    assert result["floor"] == run.metrics["test_floor"]
+    recorded = finished_run / "evaluation-again.json"
+    assert json.loads(recorded.read_text()) == result
+    recorded.unlink()
+
+
+def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
+    config = Config(**TINY, outdir=str(finished_run), cmdline=True)
+    before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir()}
+    assert is_finished(config)
+    assert train(config) == finished_run
+    with pytest.raises(UserError, match=r"another configuration \(EPOCHS 3 there, 4 here; SEED 0 there, 1 here\)"):
+        train(config.replace(epochs=4, seed=1))
+    assert before == {path: path.stat().st_mtime_ns for path in finished_run.iterdir()}
+    assert not is_finished(config.replace(outdir=str(finished_run.parent / "new")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.json", "{"), ("config.json", '{"values": {"width": -1}, "origins": {}}'), ("history.csv", "epoch\nx\n")],
+)
+def test_a_broken_record_is_told(finished_run, tmp_path, name, content):
+    for path in finished_run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"cannot be read|width is -1"):
+        read_run(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        read_run(tmp_path)
+
+
+def test_broken_weights_are_told(finished_run, tmp_path):
+    for path in finished_run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.keras").write_bytes((finished_run / "model.keras").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model\.keras cannot be read as the weights"):
+        load_run(tmp_path)
+
+
+def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
+    settings = TINY | {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0}
+    with pytest.raises(TrainingError, match=r"not finite in epoch \d; lower LEARNING_RATE \(1e\+30\)"):
+        train(Config(**settings, outdir=str(tmp_path / "run"), cmdline=True))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_published_recipe_with_early_stopping_and_plateau(tmp_path):
+    """The post's preset trains; early stopping keeps the best epoch's weights."""
+    sizes = {name: TINY[name] for name in ("dataset", "width", "latent_dim", "intermediate_dim")}
+    config = Config(preset="published", **sizes, batch_size=256, patience=1, min_delta=1e6, epochs=9, cmdline=True)
+    run = read_run(train(config.replace(outdir=str(tmp_path / "run"))))
+    assert run.metrics["epochs"] == 2
+    assert run.metrics["validation"]["penalty"] > 0
+    row = run.history[0]
+    assert row["loss"] == pytest.approx(row["reconstruction"] + row["kl"], rel=1e-4)
+    assert run.metrics["test"] == pytest.approx(run.metrics["validation"], rel=1e-4)
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "evaluate"])
+def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
+    words = [command, str(tmp_path), *(["digits"] if command == "evaluate" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", *words], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 2
+    assert "config.json is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_commands_draw_pictures(finished_run, tmp_path):
+    from resnet_vae.__main__ import main
+
+    for command in ("sample", "reconstruct", "interpolate"):
+        path = tmp_path / f"{command}.png"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["resnet_vae", command, str(finished_run), "-o", str(path)])
+            assert main() == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_history_is_one_row_an_epoch(finished_run):
+    with open(finished_run / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert set(rows[0]) == {*FIGURES, *(f"val_{name}" for name in FIGURES), "epoch", "learning_rate", "seconds"}

@@ -1,0 +1,231 @@
+"""The objective against closed forms and Monte Carlo; the VAE as a Keras model."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import TINY
+from keras import ops
+from scipy import integrate, special, stats
+
+from resnet_vae import Config, build_vae
+from resnet_vae.data import entropy_floor
+from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
+
+RNG = np.random.default_rng(0)
+
+
+def to_numpy(x):
+    return np.asarray(ops.convert_to_numpy(x), "float64")
+
+
+def test_kl_is_the_integral():
+    """Each latent's KL by numerical integration of q log(q / p)."""
+    mean, log_var = np.array([[0.0, 1.5, -2.0]]), np.array([[0.0, -3.0, 1.0]])
+
+    def integral(m, lv):
+        q, p = stats.norm(m, np.exp(lv / 2)), stats.norm()
+        return integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p.logpdf(z)), m - 12 * q.std(), m + 12 * q.std())[0]
+
+    expected = sum(integral(m, lv) for m, lv in zip(mean[0], log_var[0], strict=True))
+    got = to_numpy(kl_divergence(mean.astype("float32"), log_var.astype("float32")))
+    np.testing.assert_allclose(got, [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "published"])
+def test_sampler_against_its_definition_and_the_kl_by_monte_carlo(objective):
+    """The samples' moments; and log q - log p averaged over them, which is the KL for the bound and not the post's."""
+    count, mean, log_var = 200_000, np.array([0.5, -1.0]), np.array([-1.0, 0.5])
+    rows = [np.tile(part, (count, 1)).astype("float32") for part in (mean, log_var)]
+    z = to_numpy(Sampling(objective, seed=3)(*rows, training=True))
+    deviation = np.exp(log_var / 2) if objective == "elbo" else np.exp(log_var)
+    standardized = (z - mean) / deviation
+    assert np.abs(standardized.mean(0)).max() < 5 / np.sqrt(count)
+    assert np.abs(standardized.var(0) - 1).max() < 5 * np.sqrt(2 / count)
+    assert np.abs(np.corrcoef(z.T)[0, 1]) < 5 / np.sqrt(count)
+
+    terms = (stats.norm.logpdf(z, mean, np.exp(log_var / 2)) - stats.norm.logpdf(z)).sum(1)
+    error = terms.std() / np.sqrt(count)
+    kl = to_numpy(kl_divergence(*[row[:1] for row in rows]))[0]
+    agrees = abs(terms.mean() - kl) < 5 * error
+    assert agrees == (objective == "elbo")
+
+
+def test_reconstruction_is_the_cross_entropy_in_float64():
+    images, probabilities = RNG.uniform(size=(3, 4, 5, 2)), RNG.uniform(0.001, 0.999, (3, 4, 5, 2))
+    images[0, 0, 0] = 0, 1
+    expected = -(special.xlogy(images, probabilities) + special.xlog1py(1 - images, -probabilities)).sum((1, 2, 3))
+    got = to_numpy(reconstruction_loss(images.astype("float32"), probabilities.astype("float32")))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_entropy_floor_is_the_score_of_a_perfect_reconstruction():
+    images = RNG.integers(0, 256, (7, 8, 8, 3), "uint8")
+    levels = images / 255
+    expected = stats.bernoulli(levels).entropy().sum() / len(images)
+    assert entropy_floor(images) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("objective", "beta", "l2"), [("elbo", 1.0, 0.0), ("published", 0.5, 0.01)])
+def test_evaluate_is_the_objective(images, objective, beta, l2):
+    """evaluate() against the sums in NumPy on the model's own encoder and decoder, an uneven last batch included."""
+    keras.utils.set_random_seed(2)
+    config = Config(**TINY, initialization="published", objective=objective, beta=beta, mean_l2=l2, log_var_l2=2 * l2)
+    vae = build_vae(config)
+    vae.compile("adam", jit_compile=False)
+    figures = vae.evaluate(images, batch_size=20, verbose=0, return_dict=True)
+
+    noise = Sampling(objective, seed=config.seed)
+    reconstruction, kl = 0.0, 0.0
+    for batch in np.split(images, [20, 40]):
+        mean, log_var = vae.encoder(batch / np.float32(255))
+        decoded = to_numpy(vae.decoder(noise(mean, log_var)))
+        levels, mean, log_var = batch / 255, to_numpy(mean), to_numpy(log_var)
+        reconstruction -= (special.xlogy(levels, decoded) + special.xlog1py(1 - levels, -decoded)).sum()
+        kl += 0.5 * (mean**2 + np.exp(log_var) - log_var - 1).sum()
+    assert figures["reconstruction"] == pytest.approx(reconstruction / len(images), rel=1e-4)
+    assert figures["kl"] == pytest.approx(kl / len(images), rel=1e-4)
+    assert figures["loss"] == pytest.approx((reconstruction + beta * kl) / len(images), rel=1e-4)
+    heads = {name: vae.encoder.get_layer(name) for name in ("mean", "log_var")}
+    penalty = sum(
+        scale * (to_numpy(weight) ** 2).sum()
+        for scale, name in ((l2, "mean"), (2 * l2, "log_var"))
+        for weight in heads[name].weights
+    )
+    assert figures["penalty"] == pytest.approx(penalty, rel=1e-4, abs=1e-6)
+
+
+def test_evaluation_repeats_and_takes_grey_levels_or_floats(tiny_vae, images):
+    first = tiny_vae.evaluate(images, verbose=0, return_dict=True)
+    assert first == tiny_vae.evaluate(images, verbose=0, return_dict=True)
+    floats = tiny_vae.evaluate(images.astype("float32") / 255, verbose=0, return_dict=True)
+    assert floats == pytest.approx(first, rel=1e-6)
+    reconstructions = tiny_vae.predict(images, verbose=0)
+    assert reconstructions.shape == images.shape
+    assert 0 <= reconstructions.min() < reconstructions.max() <= 1
+    np.testing.assert_array_equal(reconstructions, tiny_vae.predict(images, verbose=0))
+
+
+def test_training_noise_differs_and_evaluation_does_not_disturb_it(tiny_vae, images):
+    draws = [to_numpy(tiny_vae(images, training=True)) for _ in range(2)]
+    assert np.abs(draws[0] - draws[1]).max() > 0
+    state = to_numpy(tiny_vae.sampler.training_noise.state)
+    tiny_vae.evaluate(images, verbose=0)
+    np.testing.assert_array_equal(to_numpy(tiny_vae.sampler.training_noise.state), state)
+
+
+def test_sample_weight_is_refused(tiny_vae, images):
+    with pytest.raises(ValueError, match="sample_weight is not supported"):
+        tiny_vae.compute_loss(images, None, images, sample_weight=np.ones(len(images)))
+    with pytest.raises(ValueError, match="objective is 'vae'"):
+        VAE(tiny_vae.encoder, tiny_vae.decoder, objective="vae")
+
+
+SAVED = """
+import sys
+{imports}
+import numpy as np
+vae = keras.saving.load_model(sys.argv[1])
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], predicted=vae.predict(images, verbose=0), generated=vae.decoder(np.ones((2, 8), "float32")),
+         evaluated=vae.evaluate(images, verbose=0))
+"""
+
+
+@pytest.mark.parametrize("imports", ["import resnet_vae, keras", "import keras, resnet_vae"])
+def test_fit_save_and_load_in_a_new_process(images, tmp_path, imports):
+    keras.utils.set_random_seed(4)
+    vae = build_vae(Config(**TINY))
+    vae.compile(keras.optimizers.Adam(0.01), jit_compile=False)
+    losses = vae.fit(images, batch_size=16, epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 1
+    vae.summary(print_fn=lambda _: None)
+    vae.save(tmp_path / "vae.keras")
+    np.save(tmp_path / "images.npy", images)
+    code = SAVED.format(imports=imports)
+    paths = [tmp_path / name for name in ("vae.keras", "images.npy", "out.npz")]
+    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True, env=os.environ, capture_output=True)
+    with np.load(tmp_path / "out.npz") as loaded:
+        np.testing.assert_array_equal(loaded["predicted"], vae.predict(images, verbose=0))
+        np.testing.assert_allclose(loaded["generated"], to_numpy(vae.decoder(np.ones((2, 8), "float32"))), rtol=1e-6)
+        np.testing.assert_allclose(loaded["evaluated"], vae.evaluate(images, verbose=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["mirrored", "published"])
+@pytest.mark.parametrize("depth", [28, 40, 70, 100])
+def test_shapes_and_filters_at_every_depth_of_the_table(depth, decoder):
+    vae = build_vae(Config(resnet_depth=depth, decoder=decoder, width=1 / 16))
+    blocks = [layer for layer in vae.decoder.layers if "block" in layer.name]
+    assert 2 * (3 * len(blocks) + 2) == depth
+    assert [layer.filters[-1] for layer in blocks if layer.name.endswith("block1")] == [16, 32, 64, 128][
+        :: -1 if decoder == "mirrored" else 1
+    ]
+    assert vae.encoder.output_shape == [(None, 256), (None, 256)] or vae.encoder.output_shape == (
+        (None, 256),
+        (None, 256),
+    )
+    assert vae.decoder.output_shape == (None, 32, 32, 3)
+    weighted = [w for w in vae.encoder.weights if "kernel" in w.path and "shortcut" not in w.path]
+    assert len(weighted) == 3 * len(blocks) + 3  # the two heads lie beside each other on the longest path
+
+
+def test_published_network_has_the_posts_shapes():
+    """Parameters by the architecture's arithmetic, at full width, depth 28."""
+
+    def stack(channels, order):
+        total = 0
+        for a, b, c in order:
+            convolutions = channels * a + a + 9 * a * b + b + b * c + c + channels * c + c
+            total += convolutions + 4 * (a + b + c + c)
+            channels = c
+        return total
+
+    order = [(64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048)]
+    vae = build_vae(Config(preset="published"))
+    dense = 2048 * 1024 + 1024 + 4 * 1024
+    heads = 2 * (16 * 1024 * 256 + 256)
+    assert vae.encoder.count_params() == stack(3, order) + dense + heads
+    dense = 256 * 1024 + 1024 + 4 * 1024
+    assert vae.decoder.count_params() == stack(64, order) + dense + 2048 * 3 + 3
+
+
+@pytest.mark.parametrize("shape", [(8, 24, 1), (40, 16, 5)])
+def test_other_image_shapes(shape):
+    vae = build_vae(Config(**TINY), shape)
+    mean, log_var = vae.encoder(np.zeros((2, *shape), "float32"))
+    assert mean.shape == log_var.shape == (2, 8)
+    assert vae.decoder(mean).shape == (2, *shape)
+    assert vae(np.zeros((2, *shape), "uint8")).shape == (2, *shape)
+
+
+def test_shapes_that_cannot_be():
+    with pytest.raises(ValueError, match="multiples of 8"):
+        build_vae(Config(), (30, 32, 3))
+    with pytest.raises(ValueError, match="set IMAGE_SHAPE"):
+        build_vae(Config(dataset="some/folder"))
+
+
+def test_heads_and_losses_stay_float32_in_bfloat16(images):
+    vae = build_vae(Config(**TINY, precision="mixed_bfloat16"))
+    mean, log_var = vae.encoder(images / np.float32(255))
+    assert {keras.backend.standardize_dtype(x.dtype) for x in (mean, log_var, vae.decoder(mean))} == {"float32"}
+    assert vae.encoder.get_layer("stage2_block1").compute_dtype == "bfloat16"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_a_thousand_layers_start_calmly_and_learn(images):
+    """Depth 1000 by single steps without a traced graph: its first loss, and that the loss falls."""
+    keras.utils.set_random_seed(0)
+    vae = build_vae(Config(**{**TINY, "width": 1 / 64, "intermediate_dim": 16}, resnet_depth=1000))
+    vae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True, jit_compile=False)
+    assert len([layer for layer in vae.encoder.layers if "block" in layer.name]) == 166
+    few = images[:4]
+    losses = [vae.evaluate(few, verbose=0)[0]]
+    assert losses[0] < 1e4
+    if keras.backend.backend() != "jax":  # where the gradient of an untraced network takes minutes
+        losses += vae.fit(few, batch_size=4, epochs=4, verbose=0).history["loss"]
+        assert losses[-1] < losses[0]
+        assert max(losses) < losses[0] + 1
