@@ -54,22 +54,33 @@ class Bottleneck(layers.Layer):
             shape must then be the output's.
         gain: the last normalisation's initial scale. At 0 the block starts as its shortcut
             (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable.
+        momentum: of the normalisations' moving averages.
 
     Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[2]), or
     times the strides with `transpose`.
     """
 
-    def __init__(self, filters, kernel_size=3, strides=(1, 1), transpose=False, projection=False, gain=0.0, **kwargs):
+    def __init__(
+        self,
+        filters,
+        kernel_size=3,
+        strides=(1, 1),
+        transpose=False,
+        projection=False,
+        gain=0.0,
+        momentum=0.99,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.filters, self.kernel_size, self.strides = tuple(filters), kernel_size, tuple(strides)
-        self.transpose, self.projection, self.gain = transpose, projection, gain
+        self.transpose, self.projection, self.gain, self.momentum = transpose, projection, gain, momentum
         strided = layers.Conv2DTranspose if transpose else layers.Conv2D
         options = {"padding": "same", "kernel_initializer": "he_normal", "dtype": self.dtype_policy}
         first, middle, last = self.filters
 
         def normalization(name, scale=1.0):
             gamma = keras.initializers.Constant(scale)
-            return BatchNormalization(gamma_initializer=gamma, dtype=self.dtype_policy, name=name)
+            return BatchNormalization(momentum=momentum, gamma_initializer=gamma, dtype=self.dtype_policy, name=name)
 
         self.conv1 = strided(first, 1, strides=self.strides, name="conv1", **options)
         self.bn1 = normalization("bn1")
@@ -121,6 +132,7 @@ class Bottleneck(layers.Layer):
             "transpose": self.transpose,
             "projection": self.projection,
             "gain": self.gain,
+            "momentum": self.momentum,
         }
 
 
@@ -131,7 +143,7 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
         x: tensor (batch, height, width, filters[2]).
         kernel_size: of the middle convolution.
         filters: of the three convolutions.
-        **options: `gain`, `name`, `dtype` as in `Bottleneck`.
+        **options: `gain`, `momentum`, `name`, `dtype` as in `Bottleneck`.
 
     Returns:
         Tensor of the shape of `x`.
@@ -151,7 +163,7 @@ def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpos
         filters: of the three convolutions.
         strides: of the first 1×1 and of the shortcut.
         transpose: enlarge by the strides instead of reducing (Conv2DTranspose for those two).
-        **options: `gain`, `name`, `dtype` as in `Bottleneck`.
+        **options: `gain`, `momentum`, `name`, `dtype` as in `Bottleneck`.
 
     Returns:
         Tensor (batch, height / strides[0], width / strides[1], filters[2]); times the strides with `transpose`.

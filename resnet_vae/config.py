@@ -9,7 +9,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 DATASETS = {  # the data sets with a name, and their images' shapes
     "digits": (16, 16, 1),
@@ -23,6 +32,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "decoder": "published",
     "activation": "sigmoid",
     "initialization": "published",
+    "norm_momentum": 0.99,
     "objective": "published",
     "mean_l2": 0.01,
     "log_var_l2": 0.1,
@@ -133,6 +143,9 @@ class Config(BaseModel):
     initialization: Literal["identity", "published"] = Field(
         "identity", description="identity: blocks start as their shortcuts, heads near zero; published: Keras's own"
     )
+    norm_momentum: float = Field(
+        0.95, ge=0, lt=1, description="momentum of batch normalisation's moving averages, which evaluation uses"
+    )
     objective: Literal[OBJECTIVES] = Field(
         "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"
     )
@@ -141,7 +154,7 @@ class Config(BaseModel):
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
     batch_size: int = Field(100, ge=1, description="images a training step")
     epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
-    learning_rate: float = Field(0.001, gt=0, description="highest learning rate of the schedule")
+    learning_rate: float = Field(0.005, gt=0, description="highest learning rate of the schedule")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
         "cosine", description="cosine to 0 over the epochs; plateau: halved after 25 epochs without progress; constant"
     )

@@ -35,19 +35,20 @@ def _stages(x, config, transpose, mirrored):
     if mirrored:
         counts, filters = counts[::-1], filters[::-1]
     gain = 0.0 if config.initialization == "identity" else 1.0
+    options = {"gain": gain, "momentum": config.norm_momentum}
     for stage, (count, widths) in enumerate(zip(counts, filters, strict=True), start=1):
         widths = [max(1, round(width * config.width)) for width in widths]
         strides = (1, 1) if stage == 1 else (2, 2)
-        x = conv_block(x, 3, widths, strides, transpose, gain=gain, name=f"stage{stage}_block1")
+        x = conv_block(x, 3, widths, strides, transpose, name=f"stage{stage}_block1", **options)
         for block in range(2, count + 1):
-            x = identity_block(x, 3, widths, gain=gain, name=f"stage{stage}_block{block}")
+            x = identity_block(x, 3, widths, name=f"stage{stage}_block{block}", **options)
     return x
 
 
 def _intermediate(x, units, config):
     """Dense → BN → activation → dropout on the last axis; the layers on either side of the latent."""
     x = layers.Dense(units, name="intermediate")(x)
-    x = BatchNormalization(name="intermediate_bn")(x)
+    x = BatchNormalization(momentum=config.norm_momentum, name="intermediate_bn")(x)
     x = layers.Activation(config.activation, name="intermediate_activation")(x)
     return layers.Dropout(config.dropout, seed=config.seed, name="intermediate_dropout")(x)
 

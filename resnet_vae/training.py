@@ -40,7 +40,25 @@ class AdamW(keras.optimizers.AdamW):
     def update_step(self, gradient, variable, learning_rate):
         if self.decay:
             learning_rate = learning_rate / (1.0 + self.decay * ops.cast(self.iterations, "float32"))
-        super().update_step(gradient, variable, learning_rate)
+        if keras.backend.backend() != "tensorflow" or self.amsgrad:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        import tensorflow as tf
+
+        # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
+        index, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, "float32")
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=tf.cast(learning_rate, "float32"),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=tf.cast(gradient, "float32"),
+        )
 
     def get_config(self):
         return {**super().get_config(), "decay": self.decay}
@@ -124,6 +142,7 @@ def compile_vae(vae, config, steps_per_epoch):
         rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm or None, decay=config.decay
     )
     on_gpu = any(word in device for device in keras.distribution.list_devices() for word in ("gpu", "cuda"))
+    optimizer.build(vae.trainable_variables)  # or else Keras traces the first step twice
     vae.compile(optimizer, jit_compile=keras.backend.backend() == "jax" or (on_gpu and "auto"))  # slower on CPUs
 
 
@@ -185,6 +204,7 @@ def train(config, data=None):
 
         callbacks.append(TqdmCallback())
 
+    ran_on = environment(keras.backend.backend(), keras.distribution.list_devices())  # the code as it is now
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
     validation = Batches(data.validation, config.batch_size)
     try:
@@ -217,7 +237,7 @@ def train(config, data=None):
     write_json(
         folder / "provenance.json",
         {
-            **environment(keras.backend.backend(), keras.distribution.list_devices()),
+            **ran_on,
             "started": started.isoformat(timespec="seconds"),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,

@@ -56,6 +56,7 @@ BAD = {
     "ACTIVATION": "rellu",
     "DROPOUT": "1",
     "INITIALIZATION": "zero",
+    "NORM_MOMENTUM": "1",
     "OBJECTIVE": "vae",
     "BETA": "-1",
     "MEAN_L2": "nan",
