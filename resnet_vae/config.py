@@ -245,20 +245,29 @@ class Config(BaseModel):
         """The run's folder."""
         return Path(self.outdir or f"runs/{Path(self.dataset).stem}-depth-{self.resnet_depth}")
 
+    @property
+    def loss_meaning(self):
+        """What the loss is: "negative ELBO", which bounds the likelihood, or in which way it is no bound."""
+        departures = ["the post's objective"] if self.objective == "published" else []
+        if self.beta != 1:
+            departures.append(f"beta {self.beta:g}")
+        return f"{', '.join(departures)}: no bound" if departures else "negative ELBO"
+
     def recipe(self):
         """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run."""
         return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
 
     def replace(self, **changes):
-        """The same configuration with other values."""
-        return type(self)(**{**self.model_dump(), **changes})
+        """The same configuration with other values, which then count as given."""
+        config = type(self)(**{**self.model_dump(), **changes})
+        config._origins.update({**self._origins, **dict.fromkeys(changes, "given")})
+        return config
 
     def describe(self):
         """A line a field: its name, its value, where that came from."""
-        return "\n".join(
-            f"{name.upper():<18}{'-' if value in (None, '') else value!s:<22}{self._origins[name]}"
-            for name, value in self.model_dump().items()
-        )
+        values = {name: "-" if value in (None, "") else str(value) for name, value in self.model_dump().items()}
+        width = max(map(len, values.values())) + 2
+        return "\n".join(f"{name.upper():<18}{value:<{width}}{self._origins[name]}" for name, value in values.items())
 
 
 def _explain(error, given):

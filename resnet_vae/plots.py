@@ -116,16 +116,16 @@ def losses_by_depth(runs):
     """Draw the best epoch's losses of a sweep's runs against depth, beside the post's where the data is CIFAR-10."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
-    for number, objective in enumerate(sorted({run.config.objective for run in runs})):
-        chosen = [run for run in runs if run.config.objective == objective]
+    for number, meaning in enumerate(sorted({run.config.loss_meaning for run in runs})):
+        chosen = [run for run in runs if run.config.loss_meaning == meaning]
         depths = [run.config.resnet_depth for run in chosen]
         for name, style in (("validation", "o-"), ("train", "s--")):
-            label = f"{objective}, {'training' if name == 'train' else name}"
+            label = f"{meaning}, {'training' if name == 'train' else name}"
             axes.plot(depths, [run.metrics[name]["loss"] for run in chosen], style, color=f"C{number}", label=label)
     if any("cifar10" in run.provenance["data"]["name"].lower().replace("-", "") for run in runs):
         depths = [row["depth"] for row in POST]
-        axes.plot(depths, [row["val_loss"] for row in POST], "o:", color="gray", label="the post's, validation")
-        axes.plot(depths, [row["loss"] for row in POST], "s:", color="silver", label="the post's, training")
+        axes.plot(depths, [row["val_loss"] for row in POST], "o:", color="gray", label="the post, validation: no bound")
+        axes.plot(depths, [row["loss"] for row in POST], "s:", color="silver", label="the post, training: no bound")
     axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -135,10 +135,8 @@ def losses_by_depth(runs):
 
 def describe(run):
     """A few words that tell a run from the others of its sweep."""
-    words = [f"depth {run.config.resnet_depth}", run.config.objective]
-    if run.config.beta != 1:
-        words.append(f"beta {run.config.beta:g} (no bound)")
-    return ", ".join(words)
+    meaning = run.config.loss_meaning
+    return f"depth {run.config.resnet_depth}, " + ("elbo" if meaning == "negative ELBO" else meaning)
 
 
 def save(figure, path):

@@ -77,6 +77,7 @@ def evaluate_run(folder, dataset):
     result = {
         "data": data.name,
         "fingerprint": data.fingerprint,
+        "loss_is": run.config.loss_meaning,
         "images": len(data.test),
         "floor": entropy_floor(data.test),
         **evaluate(vae, data.test, run.config.batch_size),

@@ -98,12 +98,15 @@ class Batches(keras.utils.PyDataset):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Write a row of history.csv after each epoch and, where asked, a plain line; stop at a loss that is no number."""
+    """Write a row of history.csv after each epoch and, where asked, a plain line; keep the best epoch's weights.
 
-    def __init__(self, path, epochs, lines):
+    The best epoch is that of the lowest validation loss. Its weights are the model's when training ends.
+    """
+
+    def __init__(self, path, config):
         super().__init__()
-        self.path, self.epochs, self.lines = path, epochs, lines
-        self.rows = []
+        self.path, self.config = path, config
+        self.rows, self.best, self.weights = [], None, None
 
     def on_train_begin(self, logs=None):
         self._write(COLUMNS, "w")
@@ -117,13 +120,20 @@ class Recorder(keras.callbacks.Callback):
         row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
         row |= {"learning_rate": rate, "seconds": seconds}
         self.rows.append(row)
+        if self.best is None or row["val_loss"] < self.best["val_loss"]:
+            self.best, self.weights = row, self.model.get_weights()
         self._write([f"{row[name]:.6g}" if name != "epoch" else row[name] for name in COLUMNS], "a")
-        if self.lines:
+        if self.config.cmdline:
             print(
-                f"epoch {epoch + 1}/{self.epochs}  loss {row['loss']:.1f}  reconstruction {row['reconstruction']:.1f}  "
-                f"kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  val_kl {row['val_kl']:.2f}  {seconds:.1f} s",
+                f"epoch {epoch + 1}/{self.config.epochs}  loss {row['loss']:.1f}  reconstruction {row['reconstruction']:.1f}  "
+                f"kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  val_kl {row['val_kl']:.2f}  {seconds:.1f} s"
+                + ("" if self.config.loss_meaning == "negative ELBO" else f"  ({self.config.loss_meaning})"),
                 flush=True,
             )
+
+    def on_train_end(self, logs=None):
+        self.model.set_weights(self.weights)
+        self.weights = None
 
     def _write(self, values, mode):
         with open(self.path, mode, newline="") as file:
@@ -180,25 +190,14 @@ def train(config, data=None):
     vae = build_vae(config)
     batches = Batches(data.train, config.batch_size, config.seed)
     compile_vae(vae, config, len(batches))
-    recorder = Recorder(folder / "history.csv", config.epochs, lines=config.cmdline)
-    best = keras.callbacks.EarlyStopping(
-        "val_loss",
-        mode="min",
-        min_delta=config.min_delta if config.patience else 0,
-        patience=config.patience or config.epochs,
-        restore_best_weights=True,
-    )
-    callbacks = [keras.callbacks.TerminateOnNaN(raise_error=True), recorder, best]
+    recorder = Recorder(folder / "history.csv", config)
+    callbacks = [keras.callbacks.TerminateOnNaN(raise_error=True), recorder]
+    progress = {"monitor": "val_loss", "mode": "min", "min_delta": config.min_delta}
+    if config.patience:
+        callbacks.append(keras.callbacks.EarlyStopping(patience=config.patience, **progress))
     if config.schedule == "plateau":
-        callbacks.append(
-            keras.callbacks.ReduceLROnPlateau(
-                "val_loss",
-                mode="min",
-                min_delta=config.min_delta,
-                min_lr=config.learning_rate / 1000,
-                **PLATEAU,
-            )
-        )
+        lowest = config.learning_rate / 1000
+        callbacks.append(keras.callbacks.ReduceLROnPlateau(min_lr=lowest, **PLATEAU, **progress))
     if not config.cmdline:
         from tqdm.keras import TqdmCallback
 
@@ -221,14 +220,14 @@ def train(config, data=None):
     seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
 
     save_model(vae, folder / "model.keras")
-    best_row = min(recorder.rows, key=lambda row: row["val_loss"])
     metrics = {
+        "loss_is": config.loss_meaning,
         "parameters": vae.count_params(),
         "epochs": len(recorder.rows),
-        "best_epoch": best_row["epoch"],
+        "best_epoch": recorder.best["epoch"],
         "hours": seconds / 3600,
-        "train": {name: best_row[name] for name in FIGURES},
-        "validation": {name: best_row[f"val_{name}"] for name in FIGURES},
+        "train": {name: recorder.best[name] for name in FIGURES},
+        "validation": {name: recorder.best[f"val_{name}"] for name in FIGURES},
         "validation_floor": entropy_floor(data.validation),
         "test": evaluate(vae, data.test, config.batch_size),
         "test_floor": entropy_floor(data.test),

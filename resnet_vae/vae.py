@@ -16,7 +16,8 @@ def reconstruction_loss(images, reconstructions):
     """Binary cross-entropy summed over pixels and channels: (batch, …) twice, in [0, 1] → (batch,) nats.
 
     Grey levels between 0 and 1 make it a score and not a normalised likelihood (https://arxiv.org/abs/1907.06845);
-    it is least, not zero, at a perfect reconstruction: see `resnet_vae.data.entropy_floor`.
+    it is least, not zero, at a perfect reconstruction: see `resnet_vae.data.entropy_floor`. Probabilities count as
+    1e-7 away from 0 and 1 at least.
     """
     axes = tuple(range(1, len(images.shape)))
     images, reconstructions = ops.cast(images, "float32"), ops.cast(reconstructions, "float32")

@@ -4,10 +4,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 import pytest
 
-from resnet_vae import Config
+from resnet_vae import Config, load_data
 
 TINY = {
     "dataset": "digits",
@@ -43,7 +42,8 @@ def tiny_vae():
 
 @pytest.fixture(scope="session")
 def images():
-    return np.random.default_rng(0).integers(0, 256, (48, 16, 16, 1), "uint8")
+    """48 handwritten digits, uint8 (48, 16, 16, 1)."""
+    return load_data(Config(**TINY)).test[:48]
 
 
 @pytest.fixture(scope="session")

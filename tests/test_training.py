@@ -151,7 +151,7 @@ def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
 
 
 def test_published_recipe_with_early_stopping_and_plateau(tmp_path):
-    """The post's preset trains; early stopping keeps the best epoch's weights."""
+    """The post's preset trains; early stopping counts progress, and the best epoch's weights are kept all the same."""
     sizes = {name: TINY[name] for name in ("dataset", "width", "latent_dim", "intermediate_dim")}
     config = Config(preset="published", **sizes, batch_size=256, patience=1, min_delta=1e6, epochs=9, cmdline=True)
     run = read_run(train(config.replace(outdir=str(tmp_path / "run"))))

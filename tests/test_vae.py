@@ -13,6 +13,7 @@ from scipy import integrate, special, stats
 
 from resnet_vae import Config, build_vae
 from resnet_vae.data import entropy_floor
+from resnet_vae.training import AdamW
 from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
 
 RNG = np.random.default_rng(0)
@@ -75,6 +76,8 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
     keras.utils.set_random_seed(2)
     config = Config(**TINY, initialization="published", objective=objective, beta=beta, mean_l2=l2, log_var_l2=2 * l2)
     vae = build_vae(config)
+    last = vae.decoder.get_layer("image").kernel
+    last.assign(0.01 * last)  # or else the untrained network's probabilities are 0 and 1
     vae.compile("adam", jit_compile=False)
     figures = vae.evaluate(images, batch_size=20, verbose=0, return_dict=True)
 
@@ -163,10 +166,7 @@ def test_shapes_and_filters_at_every_depth_of_the_table(depth, decoder):
     assert [layer.filters[-1] for layer in blocks if layer.name.endswith("block1")] == [16, 32, 64, 128][
         :: -1 if decoder == "mirrored" else 1
     ]
-    assert vae.encoder.output_shape == [(None, 256), (None, 256)] or vae.encoder.output_shape == (
-        (None, 256),
-        (None, 256),
-    )
+    assert [tuple(shape) for shape in vae.encoder.output_shape] == [(None, 256), (None, 256)]
     assert vae.decoder.output_shape == (None, 32, 32, 3)
     weighted = [w for w in vae.encoder.weights if "kernel" in w.path and "shortcut" not in w.path]
     assert len(weighted) == 3 * len(blocks) + 3  # the two heads lie beside each other on the longest path
@@ -219,13 +219,13 @@ def test_heads_and_losses_stay_float32_in_bfloat16(images):
 def test_a_thousand_layers_start_calmly_and_learn(images):
     """Depth 1000 by single steps without a traced graph: its first loss, and that the loss falls."""
     keras.utils.set_random_seed(0)
-    vae = build_vae(Config(**{**TINY, "width": 1 / 64, "intermediate_dim": 16}, resnet_depth=1000))
-    vae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True, jit_compile=False)
+    vae = build_vae(Config(**{**TINY, "width": 1 / 64, "intermediate_dim": 16}, resnet_depth=1000), (8, 8, 1))
     assert len([layer for layer in vae.encoder.layers if "block" in layer.name]) == 166
-    few = images[:4]
-    losses = [vae.evaluate(few, verbose=0)[0]]
+    few = images[:4, 4:12, 4:12]
+    vae.compile(AdamW(1e-3), run_eagerly=True, jit_compile=False)
+    if keras.backend.backend() == "jax":  # where the gradient of an untraced network takes minutes
+        assert vae.evaluate(few, verbose=0)[0] < 1e4
+        return
+    losses = vae.fit(few, batch_size=4, epochs=3, verbose=0).history["loss"]
     assert losses[0] < 1e4
-    if keras.backend.backend() != "jax":  # where the gradient of an untraced network takes minutes
-        losses += vae.fit(few, batch_size=4, epochs=4, verbose=0).history["loss"]
-        assert losses[-1] < losses[0]
-        assert max(losses) < losses[0] + 1
+    assert losses[2] < losses[1] < losses[0]
