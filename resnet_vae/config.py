@@ -43,6 +43,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "schedule": "plateau",
     "warmup_steps": 0,
     "weight_decay": 0.0,
+    "adam_beta_2": 0.999,
     "clip_norm": 0.0,
     "patience": 50,
     "precision": "float32",
@@ -141,7 +142,8 @@ class Config(BaseModel):
     activation: Activation = Field("relu", description="activation of those dense layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after those dense layers")
     initialization: Literal["identity", "published"] = Field(
-        "identity", description="identity: blocks start as their shortcuts, heads near zero; published: Keras's own"
+        "identity",
+        description="identity: blocks start as their shortcuts, heads near zero and slower; published: Keras's own",
     )
     norm_momentum: float = Field(
         0.95, ge=0, lt=1, description="momentum of batch normalisation's moving averages, which evaluation uses"
@@ -154,13 +156,14 @@ class Config(BaseModel):
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
     batch_size: int = Field(100, ge=1, description="images a training step")
     epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
-    learning_rate: float = Field(0.005, gt=0, description="highest learning rate of the schedule")
+    learning_rate: float = Field(0.004, gt=0, description="highest learning rate of the schedule")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
         "cosine", description="cosine to 0 over the epochs; plateau: halved after 25 epochs without progress; constant"
     )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
     decay: float = Field(0.0, ge=0, description="time decay: the learning rate is divided by 1 + decay × steps")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW, times the learning rate")
+    adam_beta_2: float = Field(0.99, ge=0, lt=1, description="decay of AdamW's average of squared gradients")
     clip_norm: float = Field(200.0, ge=0, description="largest norm of all gradients together (0: no limit)")
     patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
     min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")

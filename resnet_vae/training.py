@@ -125,7 +125,8 @@ class Recorder(keras.callbacks.Callback):
         self._write([f"{row[name]:.6g}" if name != "epoch" else row[name] for name in COLUMNS], "a")
         if self.config.cmdline:
             print(
-                f"epoch {epoch + 1}/{self.config.epochs}  loss {row['loss']:.1f}  reconstruction {row['reconstruction']:.1f}  "
+                f"epoch {epoch + 1}/{self.config.epochs}  loss {row['loss']:.1f}  "
+                f"reconstruction {row['reconstruction']:.1f}  "
                 f"kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  val_kl {row['val_kl']:.2f}  {seconds:.1f} s"
                 + ("" if self.config.loss_meaning == "negative ELBO" else f"  ({self.config.loss_meaning})"),
                 flush=True,
@@ -149,7 +150,11 @@ def compile_vae(vae, config, steps_per_epoch):
             0.0 if warmup else rate, steps - warmup, warmup_target=rate if warmup else None, warmup_steps=warmup
         )
     optimizer = AdamW(
-        rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm or None, decay=config.decay
+        rate,
+        weight_decay=config.weight_decay,
+        beta_2=config.adam_beta_2,
+        global_clipnorm=config.clip_norm or None,
+        decay=config.decay,
     )
     on_gpu = any(word in device for device in keras.distribution.list_devices() for word in ("gpu", "cuda"))
     optimizer.build(vae.trainable_variables)  # or else Keras traces the first step twice

@@ -68,6 +68,7 @@ BAD = {
     "WARMUP_STEPS": "-1",
     "DECAY": "-0.1",
     "WEIGHT_DECAY": "-1",
+    "ADAM_BETA_2": "1",
     "CLIP_NORM": "-1",
     "PATIENCE": "-1",
     "MIN_DELTA": "-1",
