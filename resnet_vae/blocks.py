@@ -55,6 +55,7 @@ class Bottleneck(layers.Layer):
         gain: the last normalisation's initial scale. At 0 the block starts as its shortcut
             (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable.
         momentum: of the normalisations' moving averages.
+        kernel_initializer: of the convolutions.
 
     Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[2]), or
     times the strides with `transpose`.
@@ -69,13 +70,15 @@ class Bottleneck(layers.Layer):
         projection=False,
         gain=0.0,
         momentum=0.99,
+        kernel_initializer="he_normal",
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.filters, self.kernel_size, self.strides = tuple(filters), kernel_size, tuple(strides)
         self.transpose, self.projection, self.gain, self.momentum = transpose, projection, gain, momentum
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
         strided = layers.Conv2DTranspose if transpose else layers.Conv2D
-        options = {"padding": "same", "kernel_initializer": "he_normal", "dtype": self.dtype_policy}
+        options = {"padding": "same", "dtype": self.dtype_policy, "kernel_initializer": kernel_initializer}
         first, middle, last = self.filters
 
         def normalization(name, scale=1.0):
@@ -133,6 +136,7 @@ class Bottleneck(layers.Layer):
             "projection": self.projection,
             "gain": self.gain,
             "momentum": self.momentum,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
 
 
@@ -143,7 +147,7 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
         x: tensor (batch, height, width, filters[2]).
         kernel_size: of the middle convolution.
         filters: of the three convolutions.
-        **options: `gain`, `momentum`, `name`, `dtype` as in `Bottleneck`.
+        **options: further ones of `Bottleneck`.
 
     Returns:
         Tensor of the shape of `x`.
@@ -163,7 +167,7 @@ def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpos
         filters: of the three convolutions.
         strides: of the first 1×1 and of the shortcut.
         transpose: enlarge by the strides instead of reducing (Conv2DTranspose for those two).
-        **options: `gain`, `momentum`, `name`, `dtype` as in `Bottleneck`.
+        **options: further ones of `Bottleneck`.
 
     Returns:
         Tensor (batch, height / strides[0], width / strides[1], filters[2]); times the strides with `transpose`.

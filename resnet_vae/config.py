@@ -29,6 +29,7 @@ DATASETS = {  # the data sets with a name, and their images' shapes
 }
 OBJECTIVES = ("elbo", "published")
 PUBLISHED = {  # what PRESET=published sets: the post's recipe
+    "resnet_depth": 100,
     "decoder": "published",
     "activation": "sigmoid",
     "initialization": "published",

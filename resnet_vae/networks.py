@@ -34,8 +34,12 @@ def _stages(x, config, transpose, mirrored):
     counts, filters = blocks_per_stage(config.resnet_depth), FILTERS
     if mirrored:
         counts, filters = counts[::-1], filters[::-1]
-    gain = 0.0 if config.initialization == "identity" else 1.0
-    options = {"gain": gain, "momentum": config.norm_momentum}
+    identity = config.initialization == "identity"
+    options = {
+        "gain": 0.0 if identity else 1.0,
+        "momentum": config.norm_momentum,
+        "kernel_initializer": "he_normal" if identity else "glorot_uniform",
+    }
     for stage, (count, widths) in enumerate(zip(counts, filters, strict=True), start=1):
         widths = [max(1, round(width * config.width)) for width in widths]
         strides = (1, 1) if stage == 1 else (2, 2)

@@ -55,7 +55,7 @@ def load_run(folder):
         vae.load_weights(path)
     except Exception as error:  # zip, HDF5 and Keras each raise their own on a broken file
         raise UserError(f"{path} cannot be read as the weights of this run: {error}") from None
-    vae.compile(jit_compile=False)
+    vae.compile()
     return run, vae
 
 

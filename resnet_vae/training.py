@@ -156,9 +156,8 @@ def compile_vae(vae, config, steps_per_epoch):
         global_clipnorm=config.clip_norm or None,
         decay=config.decay,
     )
-    on_gpu = any(word in device for device in keras.distribution.list_devices() for word in ("gpu", "cuda"))
     optimizer.build(vae.trainable_variables)  # or else Keras traces the first step twice
-    vae.compile(optimizer, jit_compile=keras.backend.backend() == "jax" or (on_gpu and "auto"))  # slower on CPUs
+    vae.compile(optimizer)
 
 
 def train(config, data=None):
@@ -197,12 +196,13 @@ def train(config, data=None):
     compile_vae(vae, config, len(batches))
     recorder = Recorder(folder / "history.csv", config)
     callbacks = [keras.callbacks.TerminateOnNaN(raise_error=True), recorder]
-    progress = {"monitor": "val_loss", "mode": "min", "min_delta": config.min_delta}
+    watched = {"monitor": "val_loss", "mode": "min"}
     if config.patience:
-        callbacks.append(keras.callbacks.EarlyStopping(patience=config.patience, **progress))
+        stopping = keras.callbacks.EarlyStopping(patience=config.patience, min_delta=config.min_delta, **watched)
+        callbacks.append(stopping)
     if config.schedule == "plateau":
         lowest = config.learning_rate / 1000
-        callbacks.append(keras.callbacks.ReduceLROnPlateau(min_lr=lowest, **PLATEAU, **progress))
+        callbacks.append(keras.callbacks.ReduceLROnPlateau(min_lr=lowest, **PLATEAU, **watched))
     if not config.cmdline:
         from tqdm.keras import TqdmCallback
 

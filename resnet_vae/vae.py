@@ -85,6 +85,9 @@ class VAE(keras.Model):
         super().__init__(**kwargs)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        devices = keras.distribution.list_devices()
+        if keras.backend.backend() == "tensorflow" and not any("gpu" in device for device in devices):
+            self.supports_jit = False  # so that compile() leaves XLA off: on a CPU it takes twice the time
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed = objective, beta, seed
         self.sampler = Sampling(objective, seed, name="sampler")

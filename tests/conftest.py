@@ -36,7 +36,7 @@ def tiny_vae():
 
     keras.utils.set_random_seed(1)
     vae = build_vae(Config(**TINY, initialization="published"))
-    vae.compile("adam", jit_compile=False)
+    vae.compile("adam")
     return vae
 
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -180,3 +181,10 @@ def test_config_command_documents_every_field():
     for name, field in Config.model_fields.items():
         assert field.description
         assert f"{name.upper():<18}{field.description}" in done.stdout
+
+
+def test_readme_has_every_field_with_its_default():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name, field in Config.model_fields.items():
+        default = "" if field.default in (None, "") else field.default
+        assert f"| `{name.upper()}` | {default} | {PUBLISHED.get(name, '')} | {field.description} |" in readme

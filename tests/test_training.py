@@ -153,7 +153,9 @@ def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
 def test_published_recipe_with_early_stopping_and_plateau(tmp_path):
     """The post's preset trains; early stopping counts progress, and the best epoch's weights are kept all the same."""
     sizes = {name: TINY[name] for name in ("dataset", "width", "latent_dim", "intermediate_dim")}
-    config = Config(preset="published", **sizes, batch_size=256, patience=1, min_delta=1e6, epochs=9, cmdline=True)
+    config = Config(
+        preset="published", resnet_depth=28, **sizes, batch_size=256, patience=1, min_delta=1e6, epochs=9, cmdline=True
+    )
     run = read_run(train(config.replace(outdir=str(tmp_path / "run"))))
     assert run.metrics["epochs"] == 2
     assert run.metrics["validation"]["penalty"] > 0
