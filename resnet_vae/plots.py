@@ -51,6 +51,11 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
     return figure
 
 
+def spread(images, count):
+    """Choose images evenly over an array, since folders hold them by class; fewer where there are fewer."""
+    return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
+
+
 def samples(run, vae, count=64):
     """Draw images that the decoder generates from latents of the prior."""
     latents = np.random.default_rng(SAMPLES_SEED).standard_normal((count, run.config.latent_dim), "float32")
@@ -60,7 +65,7 @@ def samples(run, vae, count=64):
 
 def reconstructions(run, vae, images, count=10):
     """Draw uint8 images above their reconstructions from the posterior's mean."""
-    images = images[:count]
+    images = spread(images, count)
     mean, _ = vae.encoder.predict(images / np.float32(255), verbose=0)
     decoded = vae.decoder.predict(mean, verbose=0)
     rows = np.concatenate([images / 255, decoded])
@@ -69,7 +74,7 @@ def reconstructions(run, vae, images, count=10):
 
 def interpolations(run, vae, images, count=6, steps=10):
     """Draw straight lines in the latent space between the posterior means of pairs of uint8 images."""
-    pairs = images[: 2 * count]
+    pairs = spread(images, 2 * min(count, len(images) // 2))
     mean, _ = vae.encoder.predict(pairs / np.float32(255), verbose=0)
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
