@@ -14,7 +14,7 @@ from resnet_vae.blocks import PACKAGE
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
 from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json
-from resnet_vae.vae import build_vae
+from resnet_vae.vae import build_vae, devices
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds")
@@ -208,7 +208,7 @@ def train(config, data=None):
 
         callbacks.append(TqdmCallback())
 
-    ran_on = environment(keras.backend.backend(), keras.distribution.list_devices())  # the code as it is now
+    ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
     validation = Batches(data.validation, config.batch_size)
     try:

@@ -85,8 +85,7 @@ class VAE(keras.Model):
         super().__init__(**kwargs)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        devices = keras.distribution.list_devices()
-        if keras.backend.backend() == "tensorflow" and not any("gpu" in device for device in devices):
+        if keras.backend.backend() == "tensorflow" and not any("gpu" in device for device in devices()):
             self.supports_jit = False  # so that compile() leaves XLA off: on a CPU it takes twice the time
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed = objective, beta, seed
@@ -146,6 +145,15 @@ class VAE(keras.Model):
             name: keras.saving.deserialize_keras_object(config[name], custom_objects) for name in ("encoder", "decoder")
         }
         return cls(**{**config, **parts})
+
+
+def devices():
+    """List the devices that the backend computes on, as "gpu:0"."""
+    if keras.backend.backend() != "torch":
+        return keras.distribution.list_devices()
+    import torch
+
+    return [f"gpu:{number}" for number in range(torch.cuda.device_count())] or ["cpu:0"]
 
 
 def scale(images):
