@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,16 @@ def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
         write_table(tmp_path)
+
+
+def test_the_recorded_sweep_gives_the_committed_table_and_the_readmes(tmp_path):
+    """The table under results/ and in the README is what the recorded run folders give."""
+    recorded = Path(__file__).parent.parent / "results" / "cifar10-jpeg"
+    copy = shutil.copytree(recorded, tmp_path / recorded.name)
+    write_table(copy)
+    for name in ("table.md", "table.csv", "table.tex"):
+        assert (copy / name).read_bytes() == (recorded / name).read_bytes()
+    readme = (recorded.parent.parent / "README.md").read_text()
+    for line in (recorded / "table.md").read_text().splitlines():
+        if line.startswith("|"):
+            assert line in readme
