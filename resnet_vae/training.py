@@ -119,6 +119,8 @@ class Recorder(keras.callbacks.Callback):
         seconds = time.perf_counter() - self.began
         row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
         row |= {"learning_rate": rate, "seconds": seconds}
+        if not math.isfinite(row["val_loss"]):
+            raise TrainingError(f"the validation loss is {row['val_loss']} in epoch {epoch + 1}; lower LEARNING_RATE")
         self.rows.append(row)
         if self.best is None or row["val_loss"] < self.best["val_loss"]:
             self.best, self.weights = row, self.model.get_weights()

@@ -15,7 +15,7 @@ from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor
 from resnet_vae.records import FIGURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import AdamW, Batches, TrainingError, compile_vae
+from resnet_vae.training import AdamW, Batches, Recorder, TrainingError, compile_vae
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -148,6 +148,14 @@ def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
     with pytest.raises(TrainingError, match=r"not finite in epoch \d; lower LEARNING_RATE \(1e\+30\)"):
         train(Config(**settings, outdir=str(tmp_path / "run"), cmdline=True))
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, tiny_vae):
+    recorder = Recorder(tmp_path / "history.csv", Config(**TINY))
+    recorder.set_model(tiny_vae)
+    recorder.on_epoch_begin(0)
+    with pytest.raises(TrainingError, match="validation loss is nan in epoch 1"):
+        recorder.on_epoch_end(0, {"loss": 1.0, "val_loss": float("nan")})
 
 
 def test_published_recipe_with_early_stopping_and_plateau(tmp_path):
