@@ -16,8 +16,7 @@ class BatchNormalization(layers.BatchNormalization):
     """Batch normalisation (https://arxiv.org/abs/1502.03167) over all but the last axis, in the dtype of its input.
 
     The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow it runs as one fused
-    operation, with float32 statistics, instead of ten small ones in float32, which are most of a training step's
-    cost outside the convolutions.
+    operation, with float32 statistics, instead of ten small ones in float32.
     """
 
     def call(self, inputs, training=None, mask=None):

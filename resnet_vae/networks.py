@@ -74,8 +74,8 @@ def build_encoder(config, image_shape):
     x = _intermediate(x, config.intermediate_dim, config)
     x = layers.Flatten(name="flatten")(x)
     if identity:
-        # The heads sum over tens of thousands of inputs, none negative: one step of Adam in which these agree would
-        # throw a mean by tens of standard deviations. Averaged over the positions they stay calm at a high rate.
+        # The heads sum over tens of thousands of inputs, none negative: one step of Adam in which these agree can
+        # throw a mean by tens of standard deviations. Averaged over the positions, it throws it that much less.
         x = layers.Rescaling(SCALE**2 / (image_shape[0] * image_shape[1]), name="position_average")(x)
 
     def head(name, initializer, l2):
