@@ -5,13 +5,16 @@ backend: Config, build_vae, load_data, train, load_run.
 """
 
 import importlib
+import os
 import sys
 from importlib.machinery import PathFinder
 
 _HOMES = {"Config": "config", "build_vae": "vae", "load_data": "data", "load_run": "results", "train": "training"}
-_WITH_KERAS = ("training", "vae", "networks", "blocks")  # the first imports the others
+_WITH_KERAS = ("training", "vae", "networks", "blocks", "normalization")  # the first imports the others
 __all__ = ["Config", "build_vae", "load_data", "load_run", "train"]
 __version__ = "0.1.0"
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # TensorFlow uses it unasked only on processors with AVX-512
 
 
 def __getattr__(name):

@@ -8,33 +8,7 @@ a chain of a few hundred blocks, and so that a block can be computed in another 
 import keras
 from keras import layers, ops
 
-PACKAGE = "resnet_vae"  # the prefix under which Keras registers the project's classes
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
-class BatchNormalization(layers.BatchNormalization):
-    """Batch normalisation (https://arxiv.org/abs/1502.03167) over all but the last axis, in the dtype of its input.
-
-    The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow it runs as one fused
-    operation, with float32 statistics, instead of ten small ones in float32.
-    """
-
-    def call(self, inputs, training=None, mask=None):
-        fused = keras.backend.backend() == "tensorflow" and len(inputs.shape) == 4 and mask is None
-        if not fused or self.axis not in (-1, 3) or keras.backend.standardize_dtype(inputs.dtype) == "float64":
-            return super().call(inputs, training=training, mask=mask)
-        import tensorflow as tf
-
-        normalize, options = tf.compat.v1.nn.fused_batch_norm, {"epsilon": self.epsilon}
-        if not (training and self.trainable):
-            options |= {"mean": self.moving_mean, "variance": self.moving_variance, "is_training": False}
-            return normalize(inputs, self.gamma, self.beta, **options)[0]
-        outputs, mean, variance = normalize(inputs, self.gamma, self.beta, **options)
-        count = tf.cast(tf.size(inputs) // inputs.shape[-1], "float32")
-        variance *= (count - 1) / count  # the operation returns the unbiased one, Keras averages the biased one
-        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(self.momentum * moving + (1 - self.momentum) * batch)
-        return outputs
+from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -115,12 +89,57 @@ class Bottleneck(layers.Layer):
             self.shortcut_bn.build(shape)
 
     def call(self, x, training=None):
-        y = ops.relu(self.bn1(self.conv1(x), training=training))
-        y = ops.relu(self.bn2(self.conv2(y), training=training))
+        fast = max(self.strides) <= (self.kernel_size + 1) // 2  # or else an enlarged image has gaps
+        return (self.fast if fast else self.plain)(x, training)
+
+    def plain(self, x, training=None):
+        """The block as it is defined."""
+        y = ops.relu(self.bn2(self._middle(x, training), training=training))
         y = self.bn3(self.conv3(y), training=training)
         if self.projection:
             x = self.shortcut_bn(self.shortcut(x), training=training)
         return ops.relu(x + y)
+
+    def fast(self, x, training=None):
+        """The same function in less time.
+
+        The widest tensor is the output of the last 1×1: its normalisation is folded into the kernel. A strided
+        transposed 1×1 is computed only where its output depends on the input; see `resnet_vae.normalization`.
+        """
+        enlarges = self.transpose and self.strides != (1, 1)
+        y = (
+            self._enlarged(x, training)
+            if enlarges
+            else self.conv2(ops.relu(self.bn1(self.conv1(x), training=training)))
+        )
+        y = ops.relu(self.bn2(y, training=training))
+        kernel, bias = fold(self.conv3, self.bn3, y, training)
+        y = ops.conv(y, kernel, padding="same")
+        if enlarges:
+            x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
+            x, bias = _spread(x, self.strides), bias + constant
+        elif self.projection:
+            x = self.shortcut_bn(self.shortcut(x), training=training)
+        return ops.relu(y + ops.cast(bias, y.dtype) + x)
+
+    def _middle(self, x, training):
+        return self.conv2(ops.relu(self.bn1(self.conv1(x), training=training)))
+
+    def _enlarged(self, x, training):
+        """The same for a strided transposed conv1.
+
+        Less a constant a channel, the image that conv2 sees is zero except at the positions of x: so conv2 of it is a
+        strided transposed convolution of x's size. The constant's own convolution varies only at the border.
+        """
+        signal, constant = sparse(self.conv1, self.bn1, x, training)
+        constant = ops.cast(constant, x.dtype)
+        height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
+        kernel = ops.convert_to_tensor(self.conv2.kernel)
+        y = ops.relu(signal + constant) - ops.relu(constant)
+        y = ops.conv_transpose(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides, padding="valid")
+        first = self.kernel_size // 2  # "same" padding: the image begins in the middle of the kernel
+        y = y[:, first : first + height, first : first + width]
+        return y + _convolved_constant(ops.relu(constant), kernel, height, width) + ops.cast(self.conv2.bias, y.dtype)
 
     def compute_output_shape(self, input_shape):
         return (*self.conv1.compute_output_shape(input_shape)[:-1], self.filters[-1])
@@ -137,6 +156,29 @@ class Bottleneck(layers.Layer):
             "momentum": self.momentum,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def _spread(x, strides):
+    """Put zeros between the positions: (batch, height, width, c) → (batch, height rows, width columns, c)."""
+    _, height, width, channels = x.shape
+    rows, columns = strides
+    x = ops.reshape(x, (-1, height, 1, width, 1, channels))
+    x = ops.pad(x, ((0, 0), (0, 0), (0, rows - 1), (0, 0), (0, columns - 1), (0, 0)))
+    return ops.reshape(x, (-1, height * rows, width * columns, channels))
+
+
+def _convolved_constant(constant, kernel, height, width):
+    """The "same" convolution of an image of one constant a channel, (1, height, width, filters).
+
+    Computed on an image of the kernel's size, in which each row and column of the border occurs, and the middle once.
+    """
+    sides = [(side, min(side, kernel.shape[0])) for side in (height, width)]
+    y = ops.broadcast_to(constant, (1, *(small for _, small in sides), constant.shape[0]))
+    y = ops.conv(y, kernel, padding="same")
+    for axis, (side, small) in enumerate(sides, start=1):
+        middle = (small - 1) // 2
+        y = ops.take(y, [*range(middle), *[middle] * (side - small + 1), *range(middle + 1, small)], axis=axis)
+    return y
 
 
 def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):

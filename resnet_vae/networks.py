@@ -9,8 +9,9 @@ import math
 import keras
 from keras import layers
 
-from resnet_vae.blocks import PACKAGE, BatchNormalization, conv_block, identity_block
+from resnet_vae.blocks import conv_block, identity_block
 from resnet_vae.config import blocks_per_stage
+from resnet_vae.normalization import PACKAGE, BatchNormalization
 
 FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
 SCALE = 8  # an image's side is 8 times that of the smallest feature map

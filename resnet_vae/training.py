@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from resnet_vae.blocks import PACKAGE
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
+from resnet_vae.normalization import PACKAGE
 from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json
 from resnet_vae.vae import build_vae, devices
 

@@ -7,9 +7,9 @@ pixels, channels and latents, averages over images.
 import keras
 from keras import layers, ops
 
-from resnet_vae.blocks import PACKAGE
 from resnet_vae.config import DATASETS, OBJECTIVES
 from resnet_vae.networks import build_decoder, build_encoder
+from resnet_vae.normalization import PACKAGE
 
 
 def reconstruction_loss(images, reconstructions):

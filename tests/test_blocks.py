@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from resnet_vae.blocks import BatchNormalization, Bottleneck, conv_block, identity_block
+from resnet_vae.blocks import Bottleneck, conv_block, identity_block
+from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
 EPSILON = 1e-3
@@ -54,6 +55,21 @@ def make_block(kind, dtype):
         "conv": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True},
         "conv, stride 1": {"filters": (3, 4, 8), "projection": True},
         "transposed": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True, "transpose": True},
+        "conv, narrow": {"filters": (3, 4, 24), "strides": (2, 2), "projection": True},
+        "transposed, kernel 2": {
+            "filters": (3, 4, 8),
+            "kernel_size": 2,
+            "strides": (1, 2),
+            "projection": True,
+            "transpose": True,
+        },
+        "transposed, kernel 5": {
+            "filters": (3, 4, 8),
+            "kernel_size": 5,
+            "strides": (2, 3),
+            "projection": True,
+            "transpose": True,
+        },
     }[kind]
     block = Bottleneck(**options, dtype=dtype, name="block")
     block.build((None, 6, 8, 6))
@@ -79,6 +95,33 @@ def test_block_is_what_numpy_computes(kind, training, dtype, tolerance):
     output = keras.ops.convert_to_numpy(block(x, training=training))
     assert output.shape == block.compute_output_shape(x.shape) == expected.shape
     np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance * 10)
+
+
+SHAPES = [(6, 8, 6), (2, 2, 6), (1, 1, 6)]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="float64 gradients as TensorFlow has them")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "conv, narrow", "transposed, kernel 2", "transposed, kernel 5"])
+def test_fast_block_is_the_plain_one(kind, shape, training):
+    """Output, all gradients and the moving statistics of the fast computation, in float64."""
+    import tensorflow as tf
+
+    block, results = make_block(kind, "float64"), []
+    state = block.get_weights()
+    x, weights = (tf.constant(RNG.standard_normal((4, *size))) for size in (shape, (1, 1, 1)))
+    for compute in (block.plain, block.call):
+        block.set_weights(state)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = compute(x, training=training)
+            total = tf.reduce_sum(weights * tf.square(output))
+        parameters = [weight.value for weight in block.trainable_weights]
+        gradients = tape.gradient(total, [x, *parameters], unconnected_gradients="zero")
+        results.append([output, *gradients, *block.get_weights()])
+    for plain, fast in zip(*results, strict=True):
+        np.testing.assert_allclose(fast, plain, rtol=1e-10, atol=1e-10 * max(1, np.abs(plain).max()))
 
 
 @pytest.mark.parametrize("kind", ["identity", "transposed"])
