@@ -8,6 +8,7 @@ a chain of a few hundred blocks, and so that a block can be computed in another 
 import keras
 from keras import layers, ops
 
+from resnet_vae.loop import scan
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
 
@@ -89,8 +90,8 @@ class Bottleneck(layers.Layer):
             self.shortcut_bn.build(shape)
 
     def call(self, x, training=None):
-        fast = max(self.strides) <= (self.kernel_size + 1) // 2  # or else an enlarged image has gaps
-        return (self.fast if fast else self.plain)(x, training)
+        gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an enlarged image that conv2 never fills
+        return (self.plain if gaps or None in x.shape[1:3] else self.fast)(x, training)
 
     def plain(self, x, training=None):
         """The block as it is defined."""
@@ -103,21 +104,22 @@ class Bottleneck(layers.Layer):
     def fast(self, x, training=None):
         """The same function in less time.
 
-        The widest tensor is the output of the last 1×1: its normalisation is folded into the kernel. A strided
-        transposed 1×1 is computed only where its output depends on the input; see `resnet_vae.normalization`.
+        The widest tensors are the outputs of the last 1×1 and of the shortcut: where a normalisation follows a 1×1 of
+        a narrower input, it is folded into the kernel. A strided transposed 1×1 is computed only where its output
+        depends on the input; see `resnet_vae.normalization`.
         """
         enlarges = self.transpose and self.strides != (1, 1)
-        y = (
-            self._enlarged(x, training)
-            if enlarges
-            else self.conv2(ops.relu(self.bn1(self.conv1(x), training=training)))
-        )
+        y = (self._enlarged if enlarges else self._middle)(x, training)
         y = ops.relu(self.bn2(y, training=training))
         kernel, bias = fold(self.conv3, self.bn3, y, training)
         y = ops.conv(y, kernel, padding="same")
         if enlarges:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
             x, bias = _spread(x, self.strides), bias + constant
+        elif self.projection and x.shape[-1] * 4 <= self.filters[-1]:
+            x = x[:, :: self.strides[0], :: self.strides[1]]
+            kernel, constant = fold(self.shortcut, self.shortcut_bn, x, training)
+            x, bias = ops.conv(x, kernel, padding="same"), bias + constant
         elif self.projection:
             x = self.shortcut_bn(self.shortcut(x), training=training)
         return ops.relu(y + ops.cast(bias, y.dtype) + x)
@@ -179,6 +181,111 @@ def _convolved_constant(constant, kernel, height, width):
         middle = (small - 1) // 2
         y = ops.take(y, [*range(middle), *[middle] * (side - small + 1), *range(middle + 1, small)], axis=axis)
     return y
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Repeated(layers.Layer):
+    """`count` bottleneck blocks in a row whose shortcuts are their inputs, computed as one block in a loop.
+
+    So the time and the memory to trace and compile do not grow with their number. A weight is one variable for all
+    blocks, of shape (count, …); `split` and `join` go over to single blocks and back.
+
+    Args:
+        count: number of blocks.
+        filters: of a block's three convolutions; the input has the last as its number of channels.
+        kernel_size: of the middle convolutions.
+        remat: keep only the blocks' inputs for the gradient and compute what is within a block a second time
+            (https://arxiv.org/abs/1604.06174).
+        gain, momentum, kernel_initializer: as of `Bottleneck`.
+
+    Input and output (batch, height, width, filters[2]).
+    """
+
+    def __init__(
+        self,
+        count,
+        filters,
+        kernel_size=3,
+        remat=False,
+        gain=0.0,
+        momentum=0.99,
+        kernel_initializer="he_normal",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.count, self.remat = count, remat
+        options = {"gain": gain, "momentum": momentum, "kernel_initializer": kernel_initializer}
+        pattern = Bottleneck(filters, kernel_size, dtype=self.dtype_policy, name="block", **options)
+        self.pattern = lambda: pattern  # a function, so that Keras does not count the pattern's weights
+
+    def build(self, input_shape):
+        pattern = self.pattern()
+        pattern.build(input_shape)
+        self.stacks = [self._add_stack(weight) for weight in _weights(pattern)]
+
+    def _add_stack(self, weight):
+        kernel_initializer = self.pattern().kernel_initializer
+
+        def initialize(shape, dtype=None):
+            if weight.name == "kernel":  # the others start as constants
+                return ops.stack([kernel_initializer.clone()(shape[1:], dtype) for _ in range(self.count)])
+            return ops.concatenate([weight[None]] * self.count)
+
+        return self.add_weight(
+            name="_".join(weight.path.split("/")[-2:]),  # as conv1_kernel
+            shape=(self.count, *weight.shape),
+            dtype=weight.dtype,
+            initializer=initialize,
+            trainable=weight.trainable,
+            autocast=False,
+        )
+
+    def call(self, x, training=None):
+        pattern, trained = self.pattern(), len(self.pattern().trainable_variables)
+        training = training and self.trainable
+
+        def block(x, weights):
+            return pattern.stateless_call(weights[:trained], weights[trained:], x, training=training)
+
+        stacks = [ops.convert_to_tensor(stack) for stack in self.stacks]
+        x, statistics = scan(block, x, stacks, trained, self.remat and bool(training))
+        if training:
+            for stack, value in zip(self.stacks[trained:], statistics, strict=True):
+                stack.assign(value)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def split(self):
+        """The same as a list of `Bottleneck` layers with weights of their own, to be called one after the other."""
+        blocks = []
+        for number in range(self.count):
+            block = Bottleneck.from_config({**self.pattern().get_config(), "name": f"{self.name}_{number + 1}"})
+            block.build((None, None, None, block.filters[-1]))
+            for weight, stack in zip(_weights(block), self.stacks, strict=True):
+                weight.assign(stack[number])
+            blocks.append(block)
+        return blocks
+
+    def join(self, blocks):
+        """Take over the weights of `count` built `Bottleneck` layers; the inverse of `split`."""
+        for stack, weights in zip(self.stacks, zip(*map(_weights, blocks), strict=True), strict=True):
+            stack.assign(ops.concatenate([weight[None] for weight in weights]))
+
+    def get_config(self):
+        pattern = self.pattern().get_config()
+        options = ("filters", "kernel_size", "gain", "momentum", "kernel_initializer")
+        return {
+            **super().get_config(),
+            "count": self.count,
+            "remat": self.remat,
+            **{name: pattern[name] for name in options},
+        }
+
+
+def _weights(block):
+    return [*block.trainable_variables, *block.non_trainable_variables]
 
 
 def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):

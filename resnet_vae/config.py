@@ -49,7 +49,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "patience": 50,
     "precision": "float32",
 }
-NOT_OF_THE_RUN = {"outdir", "cmdline"}  # fields that do not change what is trained
+NOT_OF_THE_RUN = {"outdir", "cmdline", "remat"}  # fields that do not change what is trained
 
 
 class UserError(Exception):
@@ -170,6 +170,9 @@ class Config(BaseModel):
     min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")
     precision: Literal["float32", "mixed_bfloat16"] = Field(
         "float32", description="mixed_bfloat16: faster where the processor has it; heads and losses stay float32"
+    )
+    remat: bool = Field(
+        False, description="compute what is within repeated blocks a second time for the gradient instead of keeping it"
     )
     seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights, order, noise and held-out images")
     outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")

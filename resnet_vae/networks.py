@@ -9,7 +9,7 @@ import math
 import keras
 from keras import layers
 
-from resnet_vae.blocks import conv_block, identity_block
+from resnet_vae.blocks import Repeated, conv_block, identity_block
 from resnet_vae.config import blocks_per_stage
 from resnet_vae.normalization import PACKAGE, BatchNormalization
 
@@ -45,8 +45,10 @@ def _stages(x, config, transpose, mirrored):
         widths = [max(1, round(width * config.width)) for width in widths]
         strides = (1, 1) if stage == 1 else (2, 2)
         x = conv_block(x, 3, widths, strides, transpose, name=f"stage{stage}_block1", **options)
-        for block in range(2, count + 1):
-            x = identity_block(x, 3, widths, name=f"stage{stage}_block{block}", **options)
+        if count == 2:
+            x = identity_block(x, 3, widths, name=f"stage{stage}_block2", **options)
+        elif count > 2:
+            x = Repeated(count - 1, widths, 3, config.remat, name=f"stage{stage}_blocks", **options)(x)
     return x
 
 

@@ -58,13 +58,19 @@ def _precise(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
+def _matrix(convolution):
+    """The kernel of a 1×1 convolution, transposed or not, as (channels, filters)."""
+    kernel = convolution.kernel[0, 0]
+    return ops.transpose(kernel) if isinstance(convolution, layers.Conv2DTranspose) else kernel
+
+
 def fold(convolution, normalization, x, training=None):
     """Kernel and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
 
     The outputs' mean is the mean of x mapped by the kernel W; the variance of output f is W[:, f]ᵀ cov(x) W[:, f].
 
     Args:
-        convolution: Conv2D of kernel size 1.
+        convolution: Conv2D or Conv2DTranspose of kernel size 1.
         normalization: the `BatchNormalization` of its output.
         x: (batch, height, width, channels), at the positions that the convolution reads.
         training: whether the moments are the batch's.
@@ -72,7 +78,7 @@ def fold(convolution, normalization, x, training=None):
     Returns:
         Kernel (1, 1, channels, filters) in the dtype of x, bias (filters,) in that of statistics.
     """
-    kernel, bias = _precise(convolution.kernel[0, 0]), _precise(ops.convert_to_tensor(convolution.bias))
+    kernel, bias = _precise(_matrix(convolution)), _precise(ops.convert_to_tensor(convolution.bias))
 
     def moments():
         rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
@@ -100,8 +106,8 @@ def sparse(convolution, normalization, x, training=None):
         The output at the positions that depend on x, less the constant: (batch, height, width, filters) in the dtype
         of x; and that constant, the whole output at the others: (filters,) in the dtype of statistics.
     """
-    kernel, bias = ops.transpose(convolution.kernel[0, 0]), _precise(ops.convert_to_tensor(convolution.bias))
-    signal = ops.matmul(x, kernel)
+    bias = _precise(ops.convert_to_tensor(convolution.bias))
+    signal = ops.matmul(x, _matrix(convolution))
 
     def moments():
         share = 1 / (convolution.strides[0] * convolution.strides[1])

@@ -25,43 +25,56 @@ class TrainingError(UserError):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class AdamW(keras.optimizers.AdamW):
+class AdamW(keras.optimizers.Adam):
     """AdamW (https://arxiv.org/abs/1711.05101) with time decay: the rate is divided by 1 + decay × steps.
 
+    Unlike `keras.optimizers.AdamW` it asks the schedule for the rate once a step and not once more a variable, which
+    was a third of the time that TensorFlow took to trace a step.
+
     Args:
-        *args, **kwargs: as of `keras.optimizers.AdamW`.
+        learning_rate: a number or a schedule.
+        weight_decay: share of every variable that is taken off it a step, times the rate.
         decay: the time decay, Keras 2's `decay`; it applies on top of a schedule or a plateau's reductions.
+        **kwargs: as of `keras.optimizers.Adam`.
     """
 
-    def __init__(self, *args, decay=0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.decay = decay
+    def __init__(self, learning_rate=0.001, weight_decay=0.004, decay=0.0, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.decoupled_decay, self.decay = weight_decay, decay
+
+    def apply(self, grads, trainable_variables=None):
+        step = ops.cast(self.iterations, "float32")
+        self._of_the_step = 1.0 + self.decay * step, [beta ** (step + 1.0) for beta in (self.beta_1, self.beta_2)]
+        super().apply(grads, trainable_variables)
+        del self._of_the_step
 
     def update_step(self, gradient, variable, learning_rate):
-        if self.decay:
-            learning_rate = learning_rate / (1.0 + self.decay * ops.cast(self.iterations, "float32"))
+        slowdown, powers = self._of_the_step
+        rate = ops.cast(learning_rate, "float32") / slowdown if self.decay else learning_rate
+        if self.decoupled_decay:
+            self.assign_sub(variable, variable * (self.decoupled_decay * rate))
         if keras.backend.backend() != "tensorflow" or self.amsgrad:
-            super().update_step(gradient, variable, learning_rate)
+            super().update_step(gradient, variable, rate)
             return
         import tensorflow as tf
 
         # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
-        index, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, "float32")
+        index = self._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=self.beta_1**step,
-            beta2_power=self.beta_2**step,
-            lr=tf.cast(learning_rate, "float32"),
+            beta1_power=powers[0],
+            beta2_power=powers[1],
+            lr=rate,
             beta1=self.beta_1,
             beta2=self.beta_2,
             epsilon=self.epsilon,
-            grad=tf.cast(gradient, "float32"),
+            grad=gradient,
         )
 
     def get_config(self):
-        return {**super().get_config(), "decay": self.decay}
+        return {**super().get_config(), "weight_decay": self.decoupled_decay, "decay": self.decay}
 
 
 class Batches(keras.utils.PyDataset):

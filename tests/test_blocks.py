@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from resnet_vae.blocks import Bottleneck, conv_block, identity_block
+from resnet_vae.blocks import Bottleneck, Repeated, conv_block, identity_block
 from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
@@ -56,6 +56,7 @@ def make_block(kind, dtype):
         "conv, stride 1": {"filters": (3, 4, 8), "projection": True},
         "transposed": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True, "transpose": True},
         "conv, narrow": {"filters": (3, 4, 24), "strides": (2, 2), "projection": True},
+        "transposed, narrow": {"filters": (3, 4, 24), "strides": (1, 1), "projection": True, "transpose": True},
         "transposed, kernel 2": {
             "filters": (3, 4, 8),
             "kernel_size": 2,
@@ -80,6 +81,7 @@ def make_block(kind, dtype):
 
 
 KINDS = ["identity", "conv", "conv, stride 1", "transposed"]
+FURTHER_KINDS = ["conv, narrow", "transposed, narrow", "transposed, kernel 2", "transposed, kernel 5"]
 PRECISIONS = [("float32", 2e-5)]
 if keras.backend.backend() == "tensorflow":  # the others compute parts of a float64 layer in float32
     PRECISIONS.append(("float64", 1e-12))
@@ -103,7 +105,9 @@ SHAPES = [(6, 8, 6), (2, 2, 6), (1, 1, 6)]
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="float64 gradients as TensorFlow has them")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "conv, narrow", "transposed, kernel 2", "transposed, kernel 5"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "conv, narrow", "transposed, narrow", "transposed, kernel 2", "transposed, kernel 5"]
+)
 def test_fast_block_is_the_plain_one(kind, shape, training):
     """Output, all gradients and the moving statistics of the fast computation, in float64."""
     import tensorflow as tf
@@ -122,6 +126,36 @@ def test_fast_block_is_the_plain_one(kind, shape, training):
         results.append([output, *gradients, *block.get_weights()])
     for plain, fast in zip(*results, strict=True):
         np.testing.assert_allclose(fast, plain, rtol=1e-10, atol=1e-10 * max(1, np.abs(plain).max()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_repeated_blocks_are_single_ones_in_a_row(remat):
+    """Outputs in training and after, moving statistics and the steps of an optimizer; split and join."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input((4, 6, 6))
+    loop = Repeated(3, (3, 4, 6), gain=0.5, momentum=0.8, remat=remat)
+    looped = keras.Model(image, loop(image))
+    assert loop.stacks[0].shape == (3, 1, 1, 6, 3)
+    kernels = keras.ops.convert_to_numpy(loop.stacks[0])
+    assert np.abs(kernels[0] - kernels[1]).min() > 0
+    assert 0.4 < kernels.std() / np.sqrt(2 / 6) < 1.6  # he_normal's
+    blocks, row = loop.split(), image
+    for block in blocks:
+        row = block(row)
+    chained = keras.Model(image, row)
+
+    x = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
+    y = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
+    for model in (looped, chained):
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        for _ in range(3):
+            model.train_on_batch(x, y)
+    single = chained.predict(x, verbose=0)
+    np.testing.assert_allclose(looped.predict(x, verbose=0), single, rtol=1e-3, atol=1e-4)
+    trained = [keras.ops.convert_to_numpy(stack) for stack in loop.stacks]
+    loop.join(blocks)
+    for stack, before in zip(loop.stacks, trained, strict=True):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), before, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["identity", "transposed"])
@@ -160,6 +194,7 @@ def test_shapes_and_the_wrong_channels():
     assert conv_block(image, 3, (2, 2, 10)).shape == (None, 4, 6, 10)
     assert conv_block(image, 3, (2, 2, 10), strides=(1, 1)).shape == (None, 8, 12, 10)
     assert conv_block(image, 3, (2, 2, 10), transpose=True).shape == (None, 16, 24, 10)
+    assert conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True).shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
     with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
         identity_block(image, 3, (2, 2, 7))

@@ -48,10 +48,11 @@ def test_adamw_with_decay_is_the_formula():
     expected, m, v = np.ones(3), 0.0, 0.0
     for step, gradient in enumerate(gradients):
         optimizer.apply([ops.convert_to_tensor(gradient, "float32")], [variable])
-        expected = expected * (1 - wd * rate)
+        slowed = rate / (1 + decay * step)
+        expected = expected * (1 - wd * slowed)
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
         corrected = m / (1 - b1 ** (step + 1)) / (np.sqrt(v / (1 - b2 ** (step + 1))) + eps)
-        expected = expected - rate / (1 + decay * step) * corrected
+        expected = expected - slowed * corrected
     np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, rtol=1e-5)
     assert AdamW.from_config(optimizer.get_config()).decay == decay
 

@@ -1,0 +1,87 @@
+"""The speed comparison: that its peer is the same network, and that it measures."""
+
+import csv
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from resnet_vae import Config, build_vae
+from resnet_vae.blocks import Bottleneck
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+RNG = np.random.default_rng(0)
+
+
+def copy_weights(ours, theirs):
+    """Give the PyTorch layers the weights of the Keras ones, in the layouts that each library has."""
+    import torch
+
+    def copy(layer, module):
+        first, second, *statistics = [keras.ops.convert_to_numpy(weight) for weight in layer.weights]
+        if isinstance(layer, keras.layers.Dense):
+            first = first.T
+        elif isinstance(layer, (keras.layers.Conv2D, keras.layers.Conv2DTranspose)):
+            first = first.transpose(3, 2, 0, 1)
+        targets = [module.weight, module.bias]
+        targets += [module.running_mean, module.running_var] if statistics else []
+        for target, value in zip(targets, (first, second, *statistics), strict=True):
+            target.data.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(target.shape))
+
+    blocks = [layer for part in (ours.encoder, ours.decoder) for layer in part.layers if isinstance(layer, Bottleneck)]
+    for block, module in zip(blocks, [*theirs.encoder, *theirs.decoder], strict=True):
+        for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
+            copy(getattr(block, name), getattr(module, name))
+        copy(block.shortcut, module.shortcut[0])
+        copy(block.shortcut_bn, module.shortcut[1])
+    for part, name in ((ours.encoder, "encoder"), (ours.decoder, "decoder")):
+        copy(part.get_layer("intermediate"), getattr(theirs, f"{name}_dense"))
+        copy(part.get_layer("intermediate_bn"), getattr(theirs, f"{name}_bn"))
+    for part, name in ((ours.encoder, "mean"), (ours.encoder, "log_var"), (ours.decoder, "image")):
+        copy(part.get_layer(name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("decoder", ["mirrored", "published"])
+def test_the_peer_is_the_same_network(decoder):
+    """The loss of equal weights on equal images, the noise taken out by a posterior of next to no width."""
+    torch = pytest.importorskip("torch")
+    from peer import VAE
+
+    keras.utils.set_random_seed(0)
+    config = Config(width=1 / 16, latent_dim=4, intermediate_dim=16, decoder=decoder)
+    ours, theirs = build_vae(config, (16, 8, 3)), VAE(config, (16, 8, 3)).eval()
+    for weight in ours.weights:
+        if weight.name in ("gamma", "kernel") and not np.any(keras.ops.convert_to_numpy(weight)):
+            weight.assign(RNG.uniform(-0.5, 0.5, weight.shape))
+    ours.encoder.get_layer("log_var").bias.assign(np.full(4, -20.0))
+    copy_weights(ours, theirs)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == sum(
+        int(np.prod(weight.shape)) for weight in ours.trainable_weights
+    )
+    images = RNG.integers(0, 256, (6, 16, 8, 3), "uint8")
+    ours.compile()
+    expected = ours.evaluate(images, verbose=0)
+    with torch.no_grad():
+        loss = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).item()
+    assert loss == pytest.approx(expected[0] if isinstance(expected, list) else expected, rel=1e-3)
+
+
+def test_speed_is_measured(tmp_path, monkeypatch):
+    """Two contestants in processes of their own take turns; the table holds what they did."""
+    import speed
+
+    config = Config(width=1 / 16, latent_dim=4, intermediate_dim=16, batch_size=4)
+    names = ["resnet_vae float32", "plain Keras float32"]
+    rows = speed.measure("tiny", config, names, rounds=2, steps=1)
+    speed.write(tmp_path, rows)
+    with open(tmp_path / "speed.csv", newline="") as file:
+        recorded = list(csv.DictReader(file))
+    assert [row["contestant"] for row in recorded] == names
+    for row in recorded:
+        assert 0 < float(row["lowest"]) <= float(row["images_per_second"]) <= float(row["highest"])
+        assert float(row["first_step_seconds"]) > 0
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        speed.main(["--cases", "no such case"])
