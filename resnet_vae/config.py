@@ -35,6 +35,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "initialization": "published",
     "norm_momentum": 0.99,
     "objective": "published",
+    "kl_warmup_steps": 0,
     "mean_l2": 0.01,
     "log_var_l2": 0.1,
     "validation": "test",
@@ -49,6 +50,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "patience": 50,
     "precision": "float32",
 }
+BEFORE = {"kl_warmup_steps": 0}  # what a run did that was recorded before there was such a setting
 NOT_OF_THE_RUN = {"outdir", "cmdline", "remat"}  # fields that do not change what is trained
 
 
@@ -153,6 +155,9 @@ class Config(BaseModel):
         "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"
     )
     beta: float = Field(1.0, ge=0, description="weight of the KL; the loss is a bound only at 1")
+    kl_warmup_steps: int = Field(
+        500, ge=0, description="steps over which the KL's weight rises to beta; what is printed has the full weight"
+    )
     mean_l2: float = Field(0.0, ge=0, description="L2 penalty of the mean head's kernel and bias")
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
     batch_size: int = Field(100, ge=1, description="images a training step")
@@ -236,7 +241,7 @@ class Config(BaseModel):
             ConfigError: a bad value, or no configuration at all.
         """
         try:
-            config = cls(**record["values"])
+            config = cls(**{**BEFORE, **record["values"]})
             config._origins.update({name: str(origin) for name, origin in record["origins"].items()})
         except (TypeError, KeyError, AttributeError):
             raise ConfigError("the recorded configuration lacks values or origins") from None

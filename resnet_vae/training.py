@@ -164,6 +164,7 @@ def compile_vae(vae, config, steps_per_epoch):
         rate = keras.optimizers.schedules.CosineDecay(
             0.0 if warmup else rate, steps - warmup, warmup_target=rate if warmup else None, warmup_steps=warmup
         )
+    vae.kl_warmup_steps = min(config.kl_warmup_steps, steps // 2)
     optimizer = AdamW(
         rate,
         weight_decay=config.weight_decay,
@@ -242,7 +243,7 @@ def train(config, data=None):
     save_model(vae, folder / "model.keras")
     metrics = {
         "loss_is": config.loss_meaning,
-        "parameters": vae.count_params(),
+        "parameters": vae.encoder.count_params() + vae.decoder.count_params(),
         "epochs": len(recorder.rows),
         "best_epoch": recorder.best["epoch"],
         "hours": seconds / 3600,

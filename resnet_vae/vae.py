@@ -76,19 +76,23 @@ class VAE(keras.Model):
         objective: "elbo" or "published", see `Sampling`.
         beta: weight of the KL; the loss is a bound only at 1.
         seed: of the sampler.
+        kl_warmup_steps: training steps over which the KL's weight rises from 0 to beta, in what is minimised, not in
+            what is told; so that latents come into use before the KL switches them off
+            (https://arxiv.org/abs/1602.02282).
 
     Raises:
         ValueError: an unknown objective.
     """
 
-    def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, **kwargs):
+    def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
         super().__init__(**kwargs)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
         if keras.backend.backend() == "tensorflow" and not any("gpu" in device for device in devices()):
             self.supports_jit = False  # so that compile() leaves XLA off: on a CPU it takes twice the time
         self.encoder, self.decoder = encoder, decoder
-        self.objective, self.beta, self.seed = objective, beta, seed
+        self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
+        self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")
         self.sampler = Sampling(objective, seed, name="sampler")
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
         self.kl_metric = keras.metrics.Mean(name="kl")
@@ -113,7 +117,11 @@ class VAE(keras.Model):
         self.reconstruction_metric.update_state(reconstruction, sample_weight=count)
         self.kl_metric.update_state(kl, sample_weight=count)
         self.penalty_metric.update_state(penalty, sample_weight=count)
-        return reconstruction + self.beta * kl + penalty
+        weight = self.beta
+        if training and self.kl_warmup_steps:
+            weight *= ops.minimum(self.trained_steps / self.kl_warmup_steps, 1.0)
+            self.trained_steps.assign_add(1.0)
+        return reconstruction + weight * kl + penalty
 
     def get_metrics_result(self):
         figures = super().get_metrics_result()
@@ -137,6 +145,7 @@ class VAE(keras.Model):
             "objective": self.objective,
             "beta": self.beta,
             "seed": self.seed,
+            "kl_warmup_steps": self.kl_warmup_steps,
         }
 
     @classmethod
@@ -185,7 +194,7 @@ def build_vae(config, image_shape=None):
     keras.config.set_dtype_policy(config.precision)
     try:
         encoder, decoder = build_encoder(config, image_shape), build_decoder(config, image_shape)
-        vae = VAE(encoder, decoder, config.objective, config.beta, config.seed, name="vae")
+        vae = VAE(encoder, decoder, config.objective, config.beta, config.seed, config.kl_warmup_steps, name="vae")
     finally:
         keras.config.set_dtype_policy(policy)
     return vae

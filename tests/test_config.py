@@ -60,6 +60,7 @@ BAD = {
     "NORM_MOMENTUM": "1",
     "OBJECTIVE": "vae",
     "BETA": "-1",
+    "KL_WARMUP_STEPS": "-1",
     "MEAN_L2": "nan",
     "LOG_VAR_L2": "inf",
     "BATCH_SIZE": "2.5",
@@ -74,6 +75,7 @@ BAD = {
     "PATIENCE": "-1",
     "MIN_DELTA": "-1",
     "PRECISION": "float8",
+    "REMAT": "maybe",
     "SEED": "-1",
     "OUTDIR": None,
     "CMDLINE": None,
@@ -143,6 +145,8 @@ def test_a_configuration_is_frozen_and_survives_its_record():
         config.width = 1
     record = json.loads(json.dumps({"values": config.model_dump(mode="json"), "origins": config.origins}))
     assert Config.from_record(record) == config
+    del record["values"]["kl_warmup_steps"]  # as in records that are older than the setting
+    assert Config.from_record(record).kl_warmup_steps == 0
     for broken in ({}, [], {"values": 3, "origins": {}}, {"values": {"width": "x"}, "origins": {}}):
         with pytest.raises(ConfigError):
             Config.from_record(broken)

@@ -64,6 +64,22 @@ def test_reconstruction_is_the_cross_entropy_in_float64():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_the_kl_warms_up_in_what_is_minimised_and_not_in_what_is_told(images):
+    """Two steps with a warm-up of four: the gradient of the first has no KL in it, that of the second a quarter."""
+    keras.utils.set_random_seed(4)
+    vae = build_vae(Config(**{**TINY, "kl_warmup_steps": 4}))
+    kernel, bias = vae.encoder.get_layer("log_var").trainable_weights
+    vae.compile(keras.optimizers.SGD(1.0), run_eagerly=keras.backend.backend() != "jax")
+    for share in (0.0, 0.25):
+        image = vae.decoder.get_layer("image").kernel
+        image.assign(np.zeros(image.shape))  # so that only the KL moves the log-variance
+        bias.assign(np.ones(8))
+        kernel.assign(np.zeros(kernel.shape))
+        figures = vae.train_on_batch(images, return_dict=True)
+        np.testing.assert_allclose(to_numpy(bias), 1 - share * (np.e - 1) / 2, rtol=1e-5)
+        assert figures["loss"] == pytest.approx(figures["reconstruction"] + figures["kl"], rel=1e-5)
+
+
 def test_entropy_floor_is_the_score_of_a_perfect_reconstruction():
     images = RNG.integers(0, 256, (7, 8, 8, 3), "uint8")
     levels = images / 255
@@ -247,7 +263,8 @@ def test_heads_stay_float32_in_bfloat16():
 def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):
     """Depth 1000 through fit: few layers to trace, a first loss that is small and falls, and the saved file."""
     keras.utils.set_random_seed(0)
-    vae = build_vae(Config(**{**TINY, "width": 1 / 64, "intermediate_dim": 16}, resnet_depth=1000), (8, 8, 1))
+    settings = {**TINY, "width": 1 / 64, "intermediate_dim": 16}
+    vae = build_vae(Config(**settings, resnet_depth=1000, remat=True), (8, 8, 1))
     assert count_blocks(vae.encoder) == 166
     assert len(vae.encoder.layers) < 20
     few = images[:4, 4:12, 4:12]
