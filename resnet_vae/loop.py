@@ -25,7 +25,7 @@ def scan(function, x, stacks, trained, remat=False):
 
 
 def _scan_tensorflow(function, x, stacks, trained, remat):
-    """`keras.ops.scan` on TensorFlow takes only y that are like x, and `keras.remat` makes a loop slow to trace."""
+    """`scan` on TensorFlow, where `keras.ops.scan` takes only y that are like x; with `remat`, its gradient too."""
     import tensorflow as tf
 
     count = stacks[0].shape[0]

@@ -29,7 +29,7 @@ class AdamW(keras.optimizers.Adam):
     """AdamW (https://arxiv.org/abs/1711.05101) with time decay: the rate is divided by 1 + decay × steps.
 
     Unlike `keras.optimizers.AdamW` it asks the schedule for the rate once a step and not once more a variable, which
-    was a third of the time that TensorFlow took to trace a step.
+    was more than a third of TensorFlow's first step.
 
     Args:
         learning_rate: a number or a schedule.
