@@ -31,7 +31,8 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = strided(first), normalization(first)
         self.conv2, self.bn2 = nn.Conv2d(first, middle, 3, padding=1), normalization(middle)
         self.conv3, self.bn3 = nn.Conv2d(middle, last, 1), normalization(last)
-        nn.init.constant_(self.bn3.weight, gain)
+        if not projection:
+            nn.init.constant_(self.bn3.weight, gain)
         self.shortcut = nn.Sequential(strided(last), normalization(last)) if projection else nn.Identity()
 
     def forward(self, x):

@@ -146,7 +146,7 @@ class Config(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout after those dense layers")
     initialization: Literal["identity", "published"] = Field(
         "identity",
-        description="identity: blocks start as their shortcuts, heads near zero and slower; published: Keras's own",
+        description="identity: identity blocks start as the identity, heads near zero; published: Keras's own",
     )
     norm_momentum: float = Field(
         0.95, ge=0, lt=1, description="momentum of batch normalisation's moving averages, which evaluation uses"
@@ -162,7 +162,7 @@ class Config(BaseModel):
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
     batch_size: int = Field(100, ge=1, description="images a training step")
     epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
-    learning_rate: float = Field(0.004, gt=0, description="highest learning rate of the schedule")
+    learning_rate: float = Field(0.012, gt=0, description="highest learning rate of the schedule")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
         "cosine", description="cosine to 0 over the epochs; plateau: halved after 25 epochs without progress; constant"
     )

@@ -37,18 +37,18 @@ def _stages(x, config, transpose, mirrored):
         counts, filters = counts[::-1], filters[::-1]
     identity = config.initialization == "identity"
     options = {
-        "gain": 0.0 if identity else 1.0,
         "momentum": config.norm_momentum,
         "kernel_initializer": "he_normal" if identity else "glorot_uniform",
     }
+    gain = 0.0 if identity else 1.0  # of the identity blocks
     for stage, (count, widths) in enumerate(zip(counts, filters, strict=True), start=1):
         widths = [max(1, round(width * config.width)) for width in widths]
         strides = (1, 1) if stage == 1 else (2, 2)
-        x = conv_block(x, 3, widths, strides, transpose, name=f"stage{stage}_block1", **options)
+        x = conv_block(x, 3, widths, strides, transpose, name=f"stage{stage}_block1", gain=1.0, **options)
         if count == 2:
-            x = identity_block(x, 3, widths, name=f"stage{stage}_block2", **options)
+            x = identity_block(x, 3, widths, name=f"stage{stage}_block2", gain=gain, **options)
         elif count > 2:
-            x = Repeated(count - 1, widths, 3, config.remat, name=f"stage{stage}_blocks", **options)(x)
+            x = Repeated(count - 1, widths, 3, config.remat, name=f"stage{stage}_blocks", gain=gain, **options)(x)
     return x
 
 
