@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
 
-.PHONY: help install demo test test-jax test-torch bench lint table1 clean
+.PHONY: help install demo test test-jax test-torch bench scaling lint table1 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is inst
 bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; BENCH="--cases …" for a part
 	$(BIN)/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(RUN) $(BIN)/python benchmarks/speed.py $(BENCH)
+
+scaling: $(VENV)/installed ## time and memory against depth, width, image size and batch, into results/scaling
+	$(RUN) $(BIN)/python benchmarks/scaling.py $(SCALING)
 
 lint: $(VENV)/installed-dev ## ruff on the package, the tests, the scripts and the notebooks
 	$(BIN)/ruff check .

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from resnet_vae.config import blocks_per_stage
-from resnet_vae.networks import FILTERS, LOG_VAR_RANGE, SCALE
+from resnet_vae.networks import LOG_VAR_RANGE, SCALE, stages
 
 EPSILON = 1e-3  # Keras's
 
@@ -41,19 +40,15 @@ class Bottleneck(nn.Module):
         return functional.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
-def stages(channels, config, transpose, mirrored):
-    """The four stages; returns them and the number of channels that come out."""
-    counts, filters = blocks_per_stage(config.resnet_depth), FILTERS
-    if mirrored:
-        counts, filters = counts[::-1], filters[::-1]
+def chain(channels, config, transpose=False):
+    """The blocks of the encoder or the decoder; returns them and the number of channels that come out."""
     gain = 0.0 if config.initialization == "identity" else 1.0
     blocks = []
-    for stage, (count, widths) in enumerate(zip(counts, filters, strict=True)):
-        widths = [max(1, round(width * config.width)) for width in widths]
+    for count, filters, strides in stages(config, transpose):
         for block in range(count):
-            stride = 2 if stage and not block else 1
-            blocks.append(Bottleneck(channels, widths, stride, transpose, not block, config.norm_momentum, gain))
-            channels = widths[-1]
+            stride = 1 if block else strides[0]
+            blocks.append(Bottleneck(channels, filters, stride, transpose, not block, config.norm_momentum, gain))
+            channels = filters[-1]
     return nn.Sequential(*blocks), channels
 
 
@@ -64,7 +59,7 @@ class VAE(nn.Module):
         super().__init__()
         height, width, channels = image_shape
         self.rows, self.columns, units = height // SCALE, width // SCALE, config.intermediate_dim
-        self.encoder, features = stages(channels, config, transpose=False, mirrored=False)
+        self.encoder, features = chain(channels, config)
         self.encoder_dense = nn.Linear(features, units)
         self.encoder_bn = nn.BatchNorm1d(units, EPSILON, 1 - config.norm_momentum)
         self.mean = nn.Linear(units * self.rows * self.columns, config.latent_dim)
@@ -72,8 +67,7 @@ class VAE(nn.Module):
         depth = -(-units // (self.rows * self.columns))
         self.decoder_dense = nn.Linear(config.latent_dim, depth * self.rows * self.columns)
         self.decoder_bn = nn.BatchNorm1d(depth * self.rows * self.columns, EPSILON, 1 - config.norm_momentum)
-        mirrored = config.decoder == "mirrored"
-        self.decoder, features = stages(depth, config, transpose=True, mirrored=mirrored)
+        self.decoder, features = chain(depth, config, transpose=True)
         self.image = nn.Conv2d(features, channels, 1)
 
     def forward(self, images):
@@ -95,10 +89,11 @@ class VAE(nn.Module):
             return reconstruction + kl
 
 
-def make_step(config, image_shape, compiled, bfloat16):
-    """A function that does one training step on uint8 images (batch, height, width, channels) and returns the loss."""
+def make_step(config, compiled, bfloat16):
+    """A function that does training steps on uint8 batches (batch, height, width, channels): losses, not waited for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
-    vae = VAE(config, image_shape).to(memory_format=torch.channels_last)
+    vae = VAE(config, config.image_shape).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         vae.parameters(),
         config.learning_rate,
@@ -110,15 +105,14 @@ def make_step(config, image_shape, compiled, bfloat16):
     forward = torch.compile(vae) if compiled else vae
 
     def step(images):
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)  # the memory stays as it is: channels last
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # the memory stays as it is: channels last
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss = forward(x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(vae.parameters(), config.clip_norm)
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
-    step.model = vae
     return step

@@ -1,7 +1,8 @@
 """Training speed against PyTorch and against the plain definition, in alternation: `make bench`.
 
 Every contestant runs in a process of its own, which waits while another one is timed. A figure is the median over
-the rounds; the ratios are those of one run on one machine.
+the rounds; the ratios are those of one run on one machine. Our contestants train as users do, through `fit` on the
+package's batches, on the backend that KERAS_BACKEND names.
 """
 
 import argparse
@@ -16,13 +17,21 @@ import time
 from pathlib import Path
 
 from resnet_vae.config import Config
+from resnet_vae.records import environment, processor_flags, write_json, write_text
 
+BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 CASES = {  # what is trained
-    "published, batch 25": Config(decoder="published", batch_size=25),
-    "mirrored, batch 25": Config(batch_size=25),
-    "mirrored, batch 128": Config(batch_size=128),
-    "quarter width, batch 100": Config(width=0.25, batch_size=100),
+    "published, batch 25": BASE.replace(decoder="published"),
+    "mirrored, batch 25": BASE,
+    "mirrored, batch 128": BASE.replace(batch_size=128),
+    "quarter width, batch 100": BASE.replace(width=0.25, batch_size=100),
+    **{
+        f"{decoder}, depth {depth}, batch 256": BASE.replace(decoder=decoder, resnet_depth=depth, batch_size=256)
+        for decoder in ("published", "mirrored")
+        for depth in (28, 40, 70, 100)
+    },
 }
+CPU_CASES = list(CASES)[:4]
 CONTESTANTS = {  # who trains it: the library, its options, the precision
     "resnet_vae float32": ("ours", "float32"),
     "resnet_vae bfloat16": ("ours", "mixed_bfloat16"),
@@ -32,78 +41,153 @@ CONTESTANTS = {  # who trains it: the library, its options, the precision
     "PyTorch compiled float32": ("torch.compile", "float32"),
     "PyTorch compiled bfloat16": ("torch.compile", "mixed_bfloat16"),
 }
-IMAGE_SHAPE = (32, 32, 3)
-COLUMNS = ("case", "contestant", "images_per_second", "lowest", "highest", "first_step_seconds", "peak_megabytes")
+COLUMNS = {  # name in the CSV → (heading, format)
+    "case": ("Case", "{}"),
+    "contestant": ("Contestant", "{}"),
+    "images_per_second": ("Images a second", "{:.1f}"),
+    "lowest": ("lowest", "{:.1f}"),
+    "highest": ("highest", "{:.1f}"),
+    "ratio": ("Ours to it", "{:.2f}"),
+    "teraflop_per_second": ("TFLOP/s", "{:.3f}"),
+    "first_step_seconds": ("First step, s", "{:.1f}"),
+    "input_share": ("Waiting for images, %", "{:.2f}"),
+    "peak_megabytes": ("Peak memory, MB", "{:.0f}"),
+}
 
 
-def make_step(library, config):
-    """A function that does one training step on a batch of uint8 images and returns its loss."""
+class BenchmarkError(Exception):
+    """A contestant that cannot run."""
+
+
+def training_gflop(config):
+    """Arithmetic of one training step, GFLOP an image: six operations for each multiplication of a forward pass."""
+    from resnet_vae.networks import SCALE, stages
+
+    height, width, channels = config.image_shape
+    corner = height * width // SCALE**2
+    depth = -(-config.intermediate_dim // corner)  # of the decoder's first image
+    positions, total = height * width, 0
+    for transpose in (False, True):
+        if transpose:
+            total += positions * channels * config.intermediate_dim + corner * depth * config.latent_dim
+            positions, channels = corner, depth
+        for count, (first, middle, last), (rows, columns) in stages(config, transpose):
+            before = positions
+            positions = positions * rows * columns if transpose else positions // (rows * columns)
+            total += min(before, positions) * channels * (first + last)  # conv1 and the shortcut
+            total += positions * (count * (9 * first * middle + middle * last) + (count - 1) * last * first)
+            channels = last
+    heads = 2 * corner * config.intermediate_dim * config.latent_dim
+    return 6e-9 * (total + heads + positions * channels * config.image_shape[-1])
+
+
+def make_training(library, config):
+    """Build a contestant: a function that trains for so many steps and returns the seconds it waited for images."""
+    import numpy as np
+
+    from resnet_vae.training import Batches, compile_vae
+
+    pool = np.random.default_rng(0).integers(0, 256, (2 * config.batch_size, *config.image_shape), "uint8")
+
+    class Timed(Batches):
+        """So many batches of the pool, at random; it notes how long they took."""
+
+        def __init__(self, steps):
+            super().__init__(pool, config.batch_size, seed=0)
+            self.steps, self.seconds = steps, 0.0
+
+        def __len__(self):
+            return self.steps
+
+        def __getitem__(self, index):
+            began = time.perf_counter()
+            batch = super().__getitem__(index % 2)
+            self.seconds += time.perf_counter() - began
+            return batch
+
     if library.startswith("torch"):
         from peer import make_step
 
-        return make_step(config, IMAGE_SHAPE, library == "torch.compile", config.precision == "mixed_bfloat16")
+        step = make_step(config, library == "torch.compile", config.precision == "mixed_bfloat16")
+
+        def train(steps):
+            batches = Timed(steps)
+            losses = [step(batches[index][0]) for index in range(steps)]
+            losses[-1].item()  # waits
+            return batches.seconds
+
+        return train
+
     import keras
 
     from resnet_vae import blocks, build_vae
     from resnet_vae.normalization import BatchNormalization
-    from resnet_vae.training import compile_vae
 
     if library == "plain":
         blocks.Bottleneck.call = blocks.Bottleneck.plain
         BatchNormalization.call = keras.layers.BatchNormalization.call
-    vae = build_vae(config, IMAGE_SHAPE)
+    vae = build_vae(config)
     if library == "plain":
         rate, clip = config.learning_rate, config.clip_norm
         vae.compile(keras.optimizers.AdamW(rate, config.weight_decay, beta_2=config.adam_beta_2, global_clipnorm=clip))
     else:
         compile_vae(vae, config, 500)
-    return lambda images: float(vae.train_on_batch(images)[0])
+
+    def train(steps):
+        batches = Timed(steps)
+        vae.fit(batches, shuffle=False, verbose=0)
+        return batches.seconds
+
+    return train
 
 
 def work(library, precision, config):
     """A contestant's process: a line "N" on its input asks for N steps; it answers with the seconds they took."""
-    import numpy as np
-
     config = Config(**{**json.loads(config), "precision": precision})
-    images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *IMAGE_SHAPE), "uint8")
-    began, step = time.perf_counter(), None
+    train = None
     for line in sys.stdin:
-        step = step or make_step(library, config)
-        if int(line) > 0:
-            began = time.perf_counter()
-        for _ in range(max(1, int(line))):
-            step(images)
+        began = time.perf_counter()
+        train = train or make_training(library, config)
+        waited = train(int(line))
+        seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "waited": waited, "peak": peak}), flush=True)
 
 
 class Contestant:
-    """A process that does training steps when asked to."""
+    """A process that trains when asked to."""
 
     def __init__(self, name, config):
         self.name = name
-        command = [
-            sys.executable,
-            __file__,
-            "--work",
-            *CONTESTANTS[name],
-            config.model_dump_json(exclude={"precision"}),
-        ]
+        library, precision = CONTESTANTS[name]
+        environ = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        if library.startswith("torch"):
+            environ["KERAS_BACKEND"] = "torch"  # so that no other library is in its process
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, __file__, "--work", library, precision, config.model_dump_json(exclude={"precision"})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"},
+            env=environ,
         )
 
     def ask(self, steps):
-        """Have it do so many steps (0: the first, building included): the seconds, and its peak memory in MB."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        """Have it train for so many steps; the first time it builds the network, too.
+
+        Returns:
+            A dict: the seconds, those of them that it waited for images, and its peak memory in MB.
+
+        Raises:
+            BenchmarkError: the process died; what it had to say is on stderr.
+        """
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+            raise BenchmarkError(f"{self.name} ended with exit code {self.process.wait()}")
         return json.loads(answer)
 
     def close(self):
@@ -114,47 +198,68 @@ class Contestant:
 
 def measure(case, config, names, rounds, steps):
     """Rows of the table for one case: the contestants take turns, `rounds` times `steps` training steps each."""
-    contestants, firsts, seconds, peaks = [], {}, {name: [] for name in names}, {}
-    for name in names:
-        contestant = Contestant(name, config)
-        contestants.append(contestant)
-        firsts[name] = contestant.ask(0)["seconds"]
-        contestant.ask(2)  # what is tuned at the second step
-    for _ in range(rounds):
+    contestants = []
+    try:
+        firsts = {}
+        for name in names:
+            contestants.append(Contestant(name, config))
+            firsts[name] = contestants[-1].ask(1)["seconds"]
+            contestants[-1].ask(2)  # what is tuned at the second step
+        answers = {name: [] for name in names}
+        for _ in range(rounds):
+            for contestant in contestants:
+                answers[contestant.name].append(contestant.ask(steps))
+    finally:
         for contestant in contestants:
-            answer = contestant.ask(steps)
-            seconds[contestant.name].append(answer["seconds"] / steps)
-            peaks[contestant.name] = answer["peak"]
+            contestant.close()
     rows = []
-    for contestant in contestants:
-        contestant.close()
-        name = contestant.name
-        speeds = [config.batch_size / each for each in seconds[name]]
-        figures = (statistics.median(speeds), min(speeds), max(speeds), firsts[name], peaks[name])
-        rows.append(dict(zip(COLUMNS, (case, name, *figures), strict=True)))
-        print(f"{case:<28}{name:<28}{figures[0]:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
+    for name in names:
+        speeds = [config.batch_size * steps / answer["seconds"] for answer in answers[name]]
+        speed = statistics.median(speeds)
+        row = {
+            "case": case,
+            "contestant": name,
+            "images_per_second": speed,
+            "lowest": min(speeds),
+            "highest": max(speeds),
+            "ratio": rows[0]["images_per_second"] / speed if rows else 1.0,
+            "teraflop_per_second": speed * training_gflop(config) / 1000,
+            "first_step_seconds": firsts[name],
+            "input_share": 100 * statistics.median(a["waited"] / a["seconds"] for a in answers[name]),
+            "peak_megabytes": answers[name][-1]["peak"],
+        }
+        rows.append(row)
+        print(f"{case:<28}{name:<28}{speed:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
     return rows
+
+
+def write_rows(path, rows, columns):
+    """Write rows as path.csv and path.md; columns is name in the CSV → (heading, format)."""
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    headings = [heading for heading, _ in columns.values()]
+    lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
+    lines += [[form.format(row[name]) for name, (_, form) in columns.items()] for row in rows]
+    write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def write(folder, rows):
     """Write speed.csv, speed.md, speed.png and provenance.json."""
-    from resnet_vae.records import environment, write_json, write_text
-
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "speed.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    text = "| Case | Contestant | Images a second | lowest to highest | First step, s | Peak memory, MB |\n"
-    text += "| --- | --- | ---: | ---: | ---: | ---: |\n"
-    for row in rows:
-        text += (
-            f"| {row['case']} | {row['contestant']} | {row['images_per_second']:.1f} | {row['lowest']:.1f} to "
-            f"{row['highest']:.1f} | {row['first_step_seconds']:.1f} | {row['peak_megabytes']:.0f} |\n"
-        )
-    write_text(folder / "speed.md", text)
-    write_json(folder / "provenance.json", environment("tensorflow", ["cpu:0"]))
+    write_rows(folder / "speed", rows, COLUMNS)
     draw(rows).savefig(folder / "speed.png", dpi=120)
+    write_provenance(folder / "provenance.json")
+
+
+def write_provenance(path):
+    """Write down what the contestants ran on."""
+    import keras
+
+    from resnet_vae.vae import devices
+
+    write_json(path, environment(keras.backend.backend(), devices()))
 
 
 def draw(rows):
@@ -162,8 +267,10 @@ def draw(rows):
     from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(cases), 3), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+    across = min(2, len(cases))
+    down = -(-len(cases) // across)
+    figure = Figure(figsize=(5.2 * across, 2.6 * down), layout="constrained")
+    for axes, case in zip(figure.subplots(down, across, squeeze=False).flat, cases, strict=False):
         own = [row for row in rows if row["case"] == case][::-1]
         names, speeds = [row["contestant"] for row in own], [row["images_per_second"] for row in own]
         ranges = [[row["images_per_second"] - row["lowest"] for row in own]]
@@ -171,27 +278,41 @@ def draw(rows):
         colors = ["tab:blue" if name.startswith("resnet_vae") else "tab:gray" for name in names]
         axes.barh(names, speeds, xerr=ranges, color=colors)
         axes.set(title=case, xlabel="training, images a second")
+    for axes in figure.axes[len(cases) :]:
+        axes.remove()
     return figure
+
+
+def contestants_here():
+    """The contestants whose precision a processor here computes in, or a GPU."""
+    emulated = processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"}) and not Path("/dev/nvidia0").exists()
+    return [name for name, (_, precision) in CONTESTANTS.items() if precision == "float32" or not emulated]
 
 
 def main(arguments=None):
     """Parse the command line; a contestant's process is this file, too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results/bench"))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=contestants_here())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.work:
         work(*chosen.work)
-        return
-    rows = []
+        return 0
+    rows, failed = [], []
     for case in chosen.cases:
-        rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.steps)
-    write(chosen.folder, rows)
+        try:
+            rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.steps)
+        except BenchmarkError as error:
+            print(f"error: {case}: {error}; the case is left out", file=sys.stderr)
+            failed.append(case)
+    if rows:
+        write(chosen.folder, rows)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

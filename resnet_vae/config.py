@@ -173,8 +173,8 @@ class Config(BaseModel):
     clip_norm: float = Field(200.0, ge=0, description="largest norm of all gradients together (0: no limit)")
     patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
     min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")
-    precision: Literal["float32", "mixed_bfloat16"] = Field(
-        "float32", description="mixed_bfloat16: faster where the processor has it; heads and losses stay float32"
+    precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
+        "auto", description="auto: mixed_bfloat16 where the device computes in it, else float32; heads stay float32"
     )
     remat: bool = Field(
         False, description="compute what is within repeated blocks a second time for the gradient instead of keeping it"

@@ -30,25 +30,36 @@ class Bound(layers.Layer):
         return input_shape
 
 
-def _stages(x, config, transpose, mirrored):
-    """Apply the four stages: each a conv_block and its identity_blocks; all but the first change the image's size."""
-    counts, filters = blocks_per_stage(config.resnet_depth), FILTERS
-    if mirrored:
-        counts, filters = counts[::-1], filters[::-1]
+def stages(config, transpose=False):
+    """The four stages of the encoder, or with `transpose` of the decoder, in their order.
+
+    Returns:
+        For each stage its number of blocks, their three numbers of filters, and the strides of the first block, which
+        changes the image's size in all stages but the first.
+    """
+    plan = list(zip(blocks_per_stage(config.resnet_depth), FILTERS, strict=True))
+    if transpose and config.decoder == "mirrored":
+        plan.reverse()
+    return [
+        (count, tuple(max(1, round(width * config.width)) for width in widths), (2, 2) if stage else (1, 1))
+        for stage, (count, widths) in enumerate(plan)
+    ]
+
+
+def _apply_stages(x, config, transpose):
+    """Apply the stages: each a conv_block and its identity_blocks."""
     identity = config.initialization == "identity"
     options = {
         "momentum": config.norm_momentum,
         "kernel_initializer": "he_normal" if identity else "glorot_uniform",
     }
     gain = 0.0 if identity else 1.0  # of the identity blocks
-    for stage, (count, widths) in enumerate(zip(counts, filters, strict=True), start=1):
-        widths = [max(1, round(width * config.width)) for width in widths]
-        strides = (1, 1) if stage == 1 else (2, 2)
-        x = conv_block(x, 3, widths, strides, transpose, name=f"stage{stage}_block1", gain=1.0, **options)
+    for stage, (count, filters, strides) in enumerate(stages(config, transpose), start=1):
+        x = conv_block(x, 3, filters, strides, transpose, name=f"stage{stage}_block1", gain=1.0, **options)
         if count == 2:
-            x = identity_block(x, 3, widths, name=f"stage{stage}_block2", gain=gain, **options)
+            x = identity_block(x, 3, filters, name=f"stage{stage}_block2", gain=gain, **options)
         elif count > 2:
-            x = Repeated(count - 1, widths, 3, config.remat, name=f"stage{stage}_blocks", gain=gain, **options)(x)
+            x = Repeated(count - 1, filters, 3, config.remat, name=f"stage{stage}_blocks", gain=gain, **options)(x)
     return x
 
 
@@ -73,7 +84,7 @@ def build_encoder(config, image_shape):
     """
     identity = config.initialization == "identity"
     images = keras.Input(image_shape, name="image")
-    x = _stages(images, config, transpose=False, mirrored=False)  # (batch, height / 8, width / 8, 2048 width)
+    x = _apply_stages(images, config, transpose=False)  # (batch, height / 8, width / 8, 2048 width)
     x = _intermediate(x, config.intermediate_dim, config)
     x = layers.Flatten(name="flatten")(x)
     if identity:
@@ -117,7 +128,7 @@ def build_decoder(config, image_shape):
     latents = keras.Input((config.latent_dim,), name="latent")
     x = _intermediate(latents, rows * columns * depth, config)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
-    x = _stages(x, config, transpose=True, mirrored=config.decoder == "mirrored")  # (batch, height, width, filters)
+    x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
     images = layers.Conv2DTranspose(
         channels,
         1,

@@ -145,9 +145,19 @@ def environment(backend, devices):
     }
 
 
-def _processor():
+def _cpuinfo(*names):
+    """The value of the first line of /proc/cpuinfo with one of these names, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
+
+
+def _processor():
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags():
+    """The names of the processor's extensions, as Linux tells them; none elsewhere."""
+    return set(_cpuinfo("flags", "Features").split())

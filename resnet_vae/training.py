@@ -14,7 +14,7 @@ from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
 from resnet_vae.normalization import PACKAGE
 from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json
-from resnet_vae.vae import build_vae, devices
+from resnet_vae.vae import build_vae, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds")
@@ -258,6 +258,7 @@ def train(config, data=None):
         folder / "provenance.json",
         {
             **ran_on,
+            "precision": precision(config),
             "started": started.isoformat(timespec="seconds"),
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,

@@ -10,6 +10,7 @@ from keras import layers, ops
 from resnet_vae.config import DATASETS, OBJECTIVES
 from resnet_vae.networks import build_decoder, build_encoder
 from resnet_vae.normalization import PACKAGE
+from resnet_vae.records import processor_flags
 
 
 def reconstruction_loss(images, reconstructions):
@@ -165,6 +166,35 @@ def devices():
     return [f"gpu:{number}" for number in range(torch.cuda.device_count())] or ["cpu:0"]
 
 
+def precision(config):
+    """The dtype policy that a configuration asks for; "auto" is told by what computes here.
+
+    mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors with
+    instructions for it (AVX512_BF16, AMX, Arm's BF16); without them it is emulated, several times slower than float32.
+    """
+    if config.precision != "auto":
+        return config.precision
+    return "mixed_bfloat16" if _computes_in_bfloat16() else "float32"
+
+
+def _computes_in_bfloat16():
+    backend = keras.backend.backend()
+    if any("gpu" in device for device in devices()):
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            gpu = tf.config.list_physical_devices("GPU")[0]
+            return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= (8, 0)
+        if backend == "jax":
+            import jax
+
+            return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 8
+        import torch
+
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return backend != "jax" and not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def scale(images):
     """Bring images to [0, 1] in float32: whole numbers are grey levels 0 to 255, floats are in [0, 1] already."""
     if "int" in keras.backend.standardize_dtype(images.dtype):
@@ -191,7 +221,7 @@ def build_vae(config, image_shape=None):
     if image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
         raise ValueError(f"image shape {image_shape}: height and width must be multiples of 8, channels at least 1")
     policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(config.precision)
+    keras.config.set_dtype_policy(precision(config))
     try:
         encoder, decoder = build_encoder(config, image_shape), build_decoder(config, image_shape)
         vae = VAE(encoder, decoder, config.objective, config.beta, config.seed, config.kl_warmup_steps, name="vae")

@@ -17,6 +17,7 @@ TINY = {
     "epochs": 3,
     "warmup_steps": 10,
     "learning_rate": 0.002,
+    "precision": "float32",
 }
 
 

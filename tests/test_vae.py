@@ -15,7 +15,7 @@ from resnet_vae import Config, build_vae
 from resnet_vae.blocks import Bottleneck, Repeated
 from resnet_vae.data import entropy_floor
 from resnet_vae.training import AdamW
-from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
+from resnet_vae.vae import VAE, Sampling, kl_divergence, precision, reconstruction_loss
 
 RNG = np.random.default_rng(0)
 
@@ -251,12 +251,18 @@ def test_shapes_that_cannot_be():
         build_vae(Config(dataset="some/folder"))
 
 
-def test_heads_stay_float32_in_bfloat16():
-    vae = build_vae(Config(**TINY, precision="mixed_bfloat16"))
+def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
+    monkeypatch.setattr("resnet_vae.vae.processor_flags", lambda: {"avx512f", "avx512_bf16"})
+    vae = build_vae(Config(**{**TINY, "precision": "auto"}))
+    dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
+    assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype
+    monkeypatch.setattr("resnet_vae.vae.processor_flags", lambda: {"avx2"})
+    assert precision(Config()) == "float32"
+    vae = build_vae(Config(**{**TINY, "precision": "mixed_bfloat16"}))
     mean, log_var = vae.encoder(keras.Input((16, 16, 1)))
     latent = vae.sampler(mean, log_var)
     assert {x.dtype for x in (mean, log_var, latent, vae.decoder(latent))} == {"float32"}
-    assert vae.encoder.get_layer("stage2_block1").compute_dtype == "bfloat16"
+    assert vae.decoder.get_layer("stage2_block1").compute_dtype == "bfloat16"
     assert keras.config.dtype_policy().name == "float32"
 
 
