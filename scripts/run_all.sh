@@ -31,8 +31,10 @@ interrupted() { # stop the run that is going on, then stop
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-failed=()
-for depth in ${DEPTHS:-28 40 70 100}; do
+failed=() epochs=${EPOCHS:-}
+for entry in ${DEPTHS:-28 40 70 100}; do
+  depth=${entry%%:*}
+  case $entry in *:*) export EPOCHS=${entry#*:} ;; *) export EPOCHS=$epochs ;; esac
   export RESNET_DEPTH=$depth OUTDIR=$sweep/depth-$depth
   "$PYTHON" -m resnet_vae finished
   case $? in

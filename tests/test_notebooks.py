@@ -78,10 +78,11 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
 
 
 def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
+    """A depth that cannot be, and one with a number of epochs of its own."""
     done = subprocess.run(
         [HOME / "scripts" / "run_all.sh", "sweep"],
         cwd=tmp_path,
-        env=environment(depths="29 28", runner="command"),
+        env=environment(depths="29:1 28:2", runner="command"),
         capture_output=True,
         text=True,
         check=False,
@@ -90,6 +91,7 @@ def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
     assert "the nearest are 28 and 34" in done.stderr
     assert "not finished: 29" in done.stderr
     assert "| depth-28 | 28 |" in done.stdout
+    assert len((tmp_path / "sweep" / "depth-28" / "history.csv").read_text().splitlines()) == 1 + 2
     assert (tmp_path / "sweep" / "depth-28" / "samples.png").exists()
     assert "Traceback" not in done.stderr
 
