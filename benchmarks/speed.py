@@ -85,7 +85,8 @@ def make_training(library, config):
     """Build a contestant: a function that trains for so many steps and returns the seconds it waited for images."""
     import numpy as np
 
-    from resnet_vae.training import Batches, compile_vae
+    from resnet_vae.optimizer import compile_vae
+    from resnet_vae.training import Batches
 
     pool = np.random.default_rng(0).integers(0, 256, (2 * config.batch_size, *config.image_shape), "uint8")
 

@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import PathFinder
 
 _HOMES = {"Config": "config", "build_vae": "vae", "load_data": "data", "load_run": "results", "train": "training"}
-_WITH_KERAS = ("training", "vae", "networks", "blocks", "normalization")  # the first imports the others
+_WITH_KERAS = ("training", "optimizer", "vae", "networks", "blocks", "normalization")  # the first imports the others
 __all__ = ["Config", "build_vae", "load_data", "load_run", "train"]
 __version__ = "0.1.0"
 

@@ -130,7 +130,7 @@ def main():
         return COMMANDS[arguments.command](arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -50,12 +50,17 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "patience": 50,
     "precision": "float32",
 }
-BEFORE = {"kl_warmup_steps": 0}  # what a run did that was recorded before there was such a setting
+BEFORE = {
+    "kl_warmup_steps": 0,
+    "deterministic": False,
+}  # what was done before there was such a setting
 NOT_OF_THE_RUN = {"outdir", "cmdline", "remat"}  # fields that do not change what is trained
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text is the one message to show, no stack trace."""
+    """What a user can put right: its text is the one message to show, no stack trace."""
+
+    exit_code = 2  # of the command line
 
 
 class ConfigError(UserError, ValueError):
@@ -178,6 +183,14 @@ class Config(BaseModel):
     )
     remat: bool = Field(
         False, description="compute what is within repeated blocks a second time for the gradient instead of keeping it"
+    )
+    deterministic: bool = Field(
+        True, description="the same bits each time on the same machine; a training that goes on then equals any other"
+    )
+    rollbacks: int = Field(
+        0,
+        ge=0,
+        description="how often divergence may send the run back to its checkpoint, at half the rate",
     )
     seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights, order, noise and held-out images")
     outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")

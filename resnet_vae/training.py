@@ -1,80 +1,58 @@
-"""Training: from a configuration to a run's folder."""
+"""Training: from a configuration to a run's folder, in one go or in many."""
 
 import csv
+import hashlib
+import io
 import math
 import os
+import re
+import signal
+import threading
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
+import filelock
 import keras
 import numpy as np
 from keras import ops
 
+from resnet_vae import checkpoints
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
-from resnet_vae.normalization import PACKAGE
-from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json
+from resnet_vae.optimizer import compile_vae
+from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json, write_text
 from resnet_vae.vae import build_vae, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
-COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds")
+ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
+INTERVAL = 30.0  # seconds between checkpoints, at least
+SHARE = 0.01  # of the time that writing checkpoints may take
+COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
+OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
 
 
 class TrainingError(UserError):
     """Training that cannot go on."""
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class AdamW(keras.optimizers.Adam):
-    """AdamW (https://arxiv.org/abs/1711.05101) with time decay: the rate is divided by 1 + decay × steps.
+class DivergenceError(TrainingError):
+    """A loss or a weight that is no longer a number."""
 
-    Unlike `keras.optimizers.AdamW` it asks the schedule for the rate once a step and not once more a variable, which
-    was more than a third of TensorFlow's first step.
 
-    Args:
-        learning_rate: a number or a schedule.
-        weight_decay: share of every variable that is taken off it a step, times the rate.
-        decay: the time decay, Keras 2's `decay`; it applies on top of a schedule or a plateau's reductions.
-        **kwargs: as of `keras.optimizers.Adam`.
-    """
+class InterruptedTrainingError(UserError):
+    """Training stopped by a signal, after its checkpoint was written."""
 
-    def __init__(self, learning_rate=0.001, weight_decay=0.004, decay=0.0, **kwargs):
-        super().__init__(learning_rate, **kwargs)
-        self.decoupled_decay, self.decay = weight_decay, decay
+    def __init__(self, number, folder):
+        self.exit_code = 128 + number  # as shells tell it
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; the same command goes on from the checkpoint in {folder}")
 
-    def apply(self, grads, trainable_variables=None):
-        step = ops.cast(self.iterations, "float32")
-        self._of_the_step = 1.0 + self.decay * step, [beta ** (step + 1.0) for beta in (self.beta_1, self.beta_2)]
-        super().apply(grads, trainable_variables)
-        del self._of_the_step
 
-    def update_step(self, gradient, variable, learning_rate):
-        slowdown, powers = self._of_the_step
-        rate = ops.cast(learning_rate, "float32") / slowdown if self.decay else learning_rate
-        if self.decoupled_decay:
-            self.assign_sub(variable, variable * (self.decoupled_decay * rate))
-        if keras.backend.backend() != "tensorflow" or self.amsgrad:
-            super().update_step(gradient, variable, rate)
-            return
-        import tensorflow as tf
+class BusyError(UserError):
+    """A run's folder that another process is training in."""
 
-        # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
-        index = self._get_variable_index(variable)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=powers[0],
-            beta2_power=powers[1],
-            lr=rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
-
-    def get_config(self):
-        return {**super().get_config(), "weight_decay": self.decoupled_decay, "decay": self.decay}
+    exit_code = 4
 
 
 class Batches(keras.utils.PyDataset):
@@ -85,102 +63,310 @@ class Batches(keras.utils.PyDataset):
         batch_size: images a batch, fewer where there are fewer.
         seed: batches are whole and in an order that is a function of the seed and the epoch; without a seed all
             images come, in order.
+        epoch: number of the epoch, from 0.
+        skip: number of batches to leave out at the beginning.
     """
 
-    def __init__(self, images, batch_size, seed=None):
+    def __init__(self, images, batch_size, seed=None, epoch=0, skip=0):
         super().__init__()
-        self.images, self.batch_size, self.seed = images, min(batch_size, len(images)), seed
-        self.epoch = 0
-        self._order()
-
-    def _order(self):
-        if self.seed is not None:
-            self.order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.images))
+        self.images, self.batch_size, self.skip = images, min(batch_size, len(images)), skip
+        self.order = None if seed is None else np.random.default_rng((seed, epoch)).permutation(len(images))
 
     def __len__(self):
-        whole = len(self.images) // self.batch_size
-        return whole if self.seed is not None else math.ceil(len(self.images) / self.batch_size)
+        count = len(self.images) / self.batch_size
+        return (math.ceil(count) if self.order is None else math.floor(count)) - self.skip
 
     def __getitem__(self, index):
-        chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return (self.images[chosen if self.seed is None else self.order[chosen]],)
-
-    def on_epoch_end(self):
-        self.epoch += 1
-        self._order()
+        start = (index + self.skip) * self.batch_size
+        chosen = slice(start, start + self.batch_size)
+        return (self.images[chosen if self.order is None else self.order[chosen]],)
 
 
-class Recorder(keras.callbacks.Callback):
-    """Write a row of history.csv after each epoch and, where asked, a plain line; keep the best epoch's weights.
+def without_progress(losses, patience, min_delta=0.0):
+    """How often `patience` epochs in a row brought no loss that is lower by min_delta; at the first, training stops.
 
-    The best epoch is that of the lowest validation loss. Its weights are the model's when training ends.
+    The rule of `keras.callbacks.EarlyStopping` and `ReduceLROnPlateau`, as a function of the losses so far, so that
+    there are no counters that an interruption could lose.
+    """
+    best, waited, times = math.inf, 0, 0
+    for loss in losses:
+        if loss < best - min_delta:
+            best, waited = loss, 0
+            continue
+        waited += 1
+        if waited == patience:
+            waited, times = 0, times + 1
+    return times
+
+
+class Training(keras.callbacks.Callback):
+    """One run's training, which may be stopped at any step and goes on from its checkpoint as the same training.
+
+    As a callback it looks after `fit` and `evaluate`: a loss that is not finite or a signal stops them, and now and
+    then they wait for a checkpoint.
+
+    Args:
+        config: a `Config`.
+        data: its `Data`.
+        folder: the run's; a checkpoint there is gone on from.
+        rollbacks: how often the training went back to its checkpoint, each time to go on at half the rate.
+
+    Raises:
+        RecordError: there are checkpoints, but none is whole, or they are of another configuration, data or code.
     """
 
-    def __init__(self, path, config):
-        super().__init__()
-        self.path, self.config = path, config
-        self.rows, self.best, self.weights = [], None, None
+    KEPT = (
+        "identity",
+        "rows",
+        "step",
+        "figures",
+        "rollbacks",
+        "sessions",
+        "seconds",
+        "cpu_seconds",
+        "began",
+        "started",
+    )
 
-    def on_train_begin(self, logs=None):
-        self._write(COLUMNS, "w")
+    def __init__(self, config, data, folder, rollbacks=0):
+        super().__init__()
+        self.config, self.data, self.folder = config, data, folder
+        self.identity = identity(config, data)
+        self.rows = []  # of the history, a dict an epoch
+        self.step = 0  # steps done in the epoch after those
+        self.figures = None  # that epoch's training figures, while it is being validated
+        self.rollbacks, self.sessions = rollbacks, 0
+        self.seconds = self.cpu_seconds = self.began = 0.0  # of all sessions; when the epoch began
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.interval, self.signal, self.bar = INTERVAL, None, None
+        self.metrics = self.best_weights = None
+
+        loaded = checkpoints.load(folder)
+        if loaded:
+            self._check(loaded[0]["identity"])
+            for name in self.KEPT:
+                setattr(self, name, loaded[0][name])
+            self.rollbacks = max(self.rollbacks, rollbacks)
+        keras.utils.set_random_seed(config.seed)
+        self.vae = build_vae(config)
+        self.set_model(self.vae)
+        self.steps = len(Batches(data.train, config.batch_size, config.seed))
+        self.rate = config.learning_rate * ROLLBACK_FACTOR**self.rollbacks
+        compile_vae(self.vae, config.replace(learning_rate=self.rate), self.steps)
+        if loaded:
+            self._restore(loaded[1])
+        self.sessions += 1
+        self._remember()
+        if rollbacks:
+            self.save()
+
+    def _check(self, recorded):
+        differing = [
+            f"{name.upper()} {recorded.get(name)} there, {value} here"
+            for name, value in self.identity.items()
+            if recorded.get(name) != value
+        ]
+        if differing:
+            raise RecordError(
+                f"{self.folder} holds an unfinished run of something else ({'; '.join(differing)}); choose another "
+                "OUTDIR or move that folder away"
+            )
+
+    def _variables(self):
+        """The state of the model and the optimizer; the rate follows from the configuration and the rows."""
+        vae = self.model  # on JAX this brings the variables up to date
+        optimizer = [variable for variable in vae.optimizer.variables if variable.name != "learning_rate"]
+        return [*vae.trainable_variables, *vae.non_trainable_variables, *optimizer]
+
+    def _restore(self, arrays):
+        variables = self._variables()
+        metrics = len(variables) + len(self.vae.metrics_variables)
+        for variable, array in zip(variables, arrays, strict=False):
+            variable.assign(array)
+        self.metrics, self.best_weights = arrays[len(variables) : metrics], arrays[metrics:] or None
+
+    def save(self):
+        """Write the checkpoint.
+
+        Raises:
+            RecordError: it cannot be written.
+            DivergenceError: a weight is not finite.
+        """
+        began = self._clock()
+
+        def arrays():
+            for variable in [*self._variables(), *self.vae.metrics_variables]:
+                array = ops.convert_to_numpy(variable)
+                if not np.all(np.isfinite(array)):
+                    raise self._diverged(f"the weight {variable.path} is not finite")
+                yield array
+            yield from self.best_weights or []
+
+        checkpoints.save(self.folder, {name: getattr(self, name) for name in self.KEPT}, arrays())
+        self._remember()
+        self.interval = max(INTERVAL, (self.saved_at - began) / SHARE)
+
+    def _position(self):
+        return len(self.rows), self.step, self.figures is None
+
+    def _remember(self):
+        self.saved, self.saved_at = self._position(), time.perf_counter()
+        self.clock, self.cpu_clock = self.saved_at, time.process_time()
+
+    def _clock(self):
+        """Add the time since the last call to that of the run; returns the time."""
+        now, cpu = time.perf_counter(), time.process_time()
+        self.seconds += now - self.clock
+        self.cpu_seconds += cpu - self.cpu_clock
+        self.clock, self.cpu_clock = now, cpu
+        return now
+
+    def _diverged(self, what):
+        return DivergenceError(
+            f"{what} in epoch {len(self.rows) + 1}, step {self.step}; lower LEARNING_RATE "
+            f"({self.config.learning_rate:g}) or CLIP_NORM ({self.config.clip_norm:g}), use PRECISION=float32, or set "
+            "ROLLBACKS"
+        )
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.began = time.perf_counter()
+        if self.metrics and self.step:  # fit has just emptied them
+            for variable, array in zip(self.model.metrics_variables, self.metrics, strict=True):
+                variable.assign(array)
+        self.metrics = None
 
-    def on_epoch_end(self, epoch, logs=None):
-        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        seconds = time.perf_counter() - self.began
-        row = {"epoch": epoch + 1, **{name: float(value) for name, value in logs.items()}}
-        row |= {"learning_rate": rate, "seconds": seconds}
-        if not math.isfinite(row["val_loss"]):
-            raise TrainingError(f"the validation loss is {row['val_loss']} in epoch {epoch + 1}; lower LEARNING_RATE")
+    def on_train_batch_end(self, batch, logs=None):
+        self.step += 1
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix({"epoch": len(self.rows) + 1, "loss": f"{loss:.1f}"}, refresh=False)
+        if self.step < self.steps:  # after the last one, the epoch's figures are still to be taken
+            self._look_up()
+
+    def on_test_batch_end(self, batch, logs=None):
+        self._look_up()
+
+    def _look_up(self):
+        if self.signal or time.perf_counter() - self.saved_at > self.interval:
+            self.save()
+        if self.signal:
+            raise InterruptedTrainingError(self.signal, self.folder)
+
+    def _on_signal(self, number, frame):
+        if self._position() == self.saved:  # nothing to save, nothing to wait for
+            raise InterruptedTrainingError(number, self.folder)
+        self.signal = number
+
+    def run(self):
+        """Train to the end.
+
+        Raises:
+            DivergenceError: a loss or a weight is not finite.
+            InterruptedTrainingError: SIGINT or SIGTERM came; the checkpoint is written.
+            TrainingError: out of memory.
+        """
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        if not self.config.cmdline:
+            from tqdm.auto import tqdm
+
+            total, done = self.config.epochs * self.steps, len(self.rows) * self.steps + self.step
+            self.bar = tqdm(total=total, initial=done, unit="step")
+        try:
+            self._write_history()
+            while not self._is_over():
+                self._run_epoch()
+            if self.saved != self._position():
+                self.save()
+        except Exception as error:
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                raise TrainingError(
+                    f"out of memory in epoch {len(self.rows) + 1}; lower BATCH_SIZE ({self.config.batch_size}) or "
+                    "WIDTH, or set REMAT=1"
+                ) from None
+            raise
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _losses(self):
+        return [row["val_loss"] for row in self.rows]
+
+    def _is_over(self):
+        config = self.config
+        patient = not (config.patience and without_progress(self._losses(), config.patience, config.min_delta))
+        return len(self.rows) >= config.epochs or not patient
+
+    def _run_epoch(self):
+        config, data = self.config, self.data
+        if config.schedule == "plateau":
+            times = without_progress(self._losses(), PLATEAU["patience"])
+            self.vae.optimizer.learning_rate = max(self.rate * PLATEAU["factor"] ** times, self.rate / 1000)
+        if self.step < self.steps:
+            batches = Batches(data.train, config.batch_size, config.seed, len(self.rows), self.step)
+            self.vae.fit(batches, shuffle=False, verbose=0, callbacks=[self])
+        if self.figures is None:
+            self.figures = {name: float(value) for name, value in self.vae.get_metrics_result().items()}
+        validation = evaluate(self.vae, data.validation, config.batch_size, [self])
+        if not math.isfinite(validation["loss"]):
+            raise self._diverged(f"the validation loss is {validation['loss']}")
+        self._clock()
+        row = {"epoch": len(self.rows) + 1, **{name: self.figures[name] for name in FIGURES}}
+        row |= {f"val_{name}": value for name, value in validation.items()}
+        row["learning_rate"] = float(ops.convert_to_numpy(self.vae.optimizer.learning_rate))
+        row |= {"seconds": self.seconds - self.began, "rollbacks": self.rollbacks}
+        if row["val_loss"] < min(self._losses(), default=math.inf):
+            self.best_weights = self.vae.get_weights()
         self.rows.append(row)
-        if self.best is None or row["val_loss"] < self.best["val_loss"]:
-            self.best, self.weights = row, self.model.get_weights()
-        self._write([f"{row[name]:.6g}" if name != "epoch" else row[name] for name in COLUMNS], "a")
-        if self.config.cmdline:
+        self.step, self.figures, self.began = 0, None, self.seconds
+        self._write_history()
+        if config.cmdline:
             print(
-                f"epoch {epoch + 1}/{self.config.epochs}  loss {row['loss']:.1f}  "
-                f"reconstruction {row['reconstruction']:.1f}  "
-                f"kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  val_kl {row['val_kl']:.2f}  {seconds:.1f} s"
-                + ("" if self.config.loss_meaning == "negative ELBO" else f"  ({self.config.loss_meaning})"),
+                f"epoch {row['epoch']}/{config.epochs}  loss {row['loss']:.1f}  "
+                f"reconstruction {row['reconstruction']:.1f}  kl {row['kl']:.2f}  val_loss {row['val_loss']:.1f}  "
+                f"val_kl {row['val_kl']:.2f}  {row['seconds']:.1f} s"
+                + ("" if config.loss_meaning == "negative ELBO" else f"  ({config.loss_meaning})"),
                 flush=True,
             )
 
-    def on_train_end(self, logs=None):
-        self.model.set_weights(self.weights)
-        self.weights = None
+    def _write_history(self):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in self.rows:
+            writer.writerow([f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in COLUMNS])
+        write_text(self.folder / "history.csv", text.getvalue())
 
-    def _write(self, values, mode):
-        with open(self.path, mode, newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(values)
 
-
-def compile_vae(vae, config, steps_per_epoch):
-    """Compile a VAE with the optimizer and the schedule that a configuration asks for."""
-    rate, steps = config.learning_rate, config.epochs * steps_per_epoch
-    if config.schedule == "cosine":
-        warmup = min(config.warmup_steps, steps // 2)
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup else rate, steps - warmup, warmup_target=rate if warmup else None, warmup_steps=warmup
-        )
-    vae.kl_warmup_steps = min(config.kl_warmup_steps, steps // 2)
-    optimizer = AdamW(
-        rate,
-        weight_decay=config.weight_decay,
-        beta_2=config.adam_beta_2,
-        global_clipnorm=config.clip_norm or None,
-        decay=config.decay,
-    )
-    optimizer.build(vae.trainable_variables)  # or else Keras traces the first step twice
-    vae.compile(optimizer)
+def identity(config, data):
+    """What must be equal for a checkpoint to be gone on from: recipe, data, code, libraries, precision."""
+    code = hashlib.sha256()
+    for name in ("normalization", "loop", "blocks", "networks", "vae", "optimizer", "training"):
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    backend = keras.backend.backend()
+    versions = environment(backend, [])["versions"]
+    return {
+        **config.recipe(),
+        "data": data.fingerprint,
+        "code": code.hexdigest(),
+        "backend": backend,
+        "keras_version": versions["keras"],
+        "backend_version": versions[backend],
+        "precision": precision(config),
+    }
 
 
 def train(config, data=None):
     """Train the VAE that a configuration describes and record the run.
 
-    A folder that holds a finished run of the same configuration is left as it is. The weights kept are those of the
-    epoch with the lowest validation loss; the test images are looked at once, with these.
+    A folder that holds a finished run of the same configuration is left as it is; an unfinished one is gone on with.
+    The weights kept are those of the epoch with the lowest validation loss; the test images are looked at once, with
+    these.
 
     Args:
         config: a `Config`.
@@ -190,8 +376,8 @@ def train(config, data=None):
         The run's folder, a Path, with config.json, history.csv, metrics.json, provenance.json and model.keras.
 
     Raises:
-        UserError: data that cannot be had, a folder in use by another configuration or not writable, or a loss that
-            is no longer a number.
+        UserError: data that cannot be had; a folder that another configuration or process uses, or that cannot be
+            written; a checkpoint that is damaged; a loss that is no longer a number; a signal to stop.
     """
     folder = config.folder
     if is_finished(config):
@@ -201,69 +387,67 @@ def train(config, data=None):
     config = config.model_copy(update={"image_shape": data.image_shape})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not is_finished(config):  # by another process meanwhile
+                _train(config, data, folder)
+            (folder / "lock").unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise BusyError(f"{folder} is in use by another process, which trains there") from None
     except OSError as error:
-        raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None
-    print(config.describe())
-
-    keras.utils.set_random_seed(config.seed)
-    vae = build_vae(config)
-    batches = Batches(data.train, config.batch_size, config.seed)
-    compile_vae(vae, config, len(batches))
-    recorder = Recorder(folder / "history.csv", config)
-    callbacks = [keras.callbacks.TerminateOnNaN(raise_error=True), recorder]
-    watched = {"monitor": "val_loss", "mode": "min"}
-    if config.patience:
-        stopping = keras.callbacks.EarlyStopping(patience=config.patience, min_delta=config.min_delta, **watched)
-        callbacks.append(stopping)
-    if config.schedule == "plateau":
-        lowest = config.learning_rate / 1000
-        callbacks.append(keras.callbacks.ReduceLROnPlateau(min_lr=lowest, **PLATEAU, **watched))
-    if not config.cmdline:
-        from tqdm.keras import TqdmCallback
-
-        callbacks.append(TqdmCallback())
-
-    ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
-    validation = Batches(data.validation, config.batch_size)
-    try:
-        vae.fit(
-            batches, epochs=config.epochs, validation_data=validation, callbacks=callbacks, shuffle=False, verbose=0
-        )
-    except RuntimeError as error:
-        if "NaN or Inf" not in str(error):
-            raise
-        raise TrainingError(
-            f"the loss became not finite in epoch {len(recorder.rows) + 1}; lower LEARNING_RATE "
-            f"({config.learning_rate:g}) or CLIP_NORM ({config.clip_norm:g}), or use PRECISION=float32"
+        raise RecordError(
+            f"{error.filename or folder} cannot be written: {error.strerror}; choose another OUTDIR, or make room"
         ) from None
-    seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
+    return folder
 
+
+def _train(config, data, folder):
+    if config.deterministic and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+    print(config.describe())
+    ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
+    training = Training(config, data, folder)
+    write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
+    if training.sessions > 1:
+        print(f"going on in epoch {len(training.rows) + 1}, after step {training.step} of {training.steps}", flush=True)
+    while True:
+        try:
+            training.run()
+            break
+        except DivergenceError as error:
+            if training.rollbacks >= config.rollbacks:
+                raise
+            print(f"{error}; going back to the last checkpoint, to go on at half the rate", flush=True)
+            training = Training(config, data, folder, training.rollbacks + 1)
+
+    vae, best = training.vae, min(training.rows, key=lambda row: row["val_loss"])
+    vae.set_weights(training.best_weights)
     save_model(vae, folder / "model.keras")
+    epochs = len(training.rows)
     metrics = {
         "loss_is": config.loss_meaning,
         "parameters": vae.encoder.count_params() + vae.decoder.count_params(),
-        "epochs": len(recorder.rows),
-        "best_epoch": recorder.best["epoch"],
-        "hours": seconds / 3600,
-        "train": {name: recorder.best[name] for name in FIGURES},
-        "validation": {name: recorder.best[f"val_{name}"] for name in FIGURES},
+        "epochs": epochs,
+        "best_epoch": best["epoch"],
+        "hours": training.seconds / 3600,
+        "train": {name: best[name] for name in FIGURES},
+        "validation": {name: best[f"val_{name}"] for name in FIGURES},
         "validation_floor": entropy_floor(data.validation),
         "test": evaluate(vae, data.test, config.batch_size),
         "test_floor": entropy_floor(data.test),
     }
-    trained = len(recorder.rows) * len(batches) * batches.batch_size
     write_json(
         folder / "provenance.json",
         {
             **ran_on,
             "precision": precision(config),
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "seconds_per_epoch": seconds / len(recorder.rows),
-            "images_per_second": trained / seconds,
+            "started": training.started,
+            "sessions": training.sessions,
+            "seconds": training.seconds,
+            "cpu_seconds": training.cpu_seconds,
+            "seconds_per_epoch": training.seconds / epochs,
+            "images_per_second": epochs * training.steps * min(config.batch_size, len(data.train)) / training.seconds,
             "data": {
                 "name": data.name,
                 "fingerprint": data.fingerprint,
@@ -273,13 +457,13 @@ def train(config, data=None):
             },
         },
     )
-    write_json(folder / "metrics.json", metrics)  # last: it marks the run as finished
-    return folder
+    write_json(folder / "metrics.json", metrics)  # it marks the run as finished
+    checkpoints.remove(folder)
 
 
-def evaluate(vae, images, batch_size):
+def evaluate(vae, images, batch_size, callbacks=None):
     """The objective's figures on uint8 images: a dict of nats per image."""
-    figures = vae.evaluate(Batches(images, batch_size), return_dict=True, verbose=0)
+    figures = vae.evaluate(Batches(images, batch_size), return_dict=True, verbose=0, callbacks=callbacks)
     return {name: float(figures[name]) for name in FIGURES}
 
 

@@ -1,7 +1,10 @@
-"""nbconvert's configuration: show a notebook's output as it comes, and keep a notebook that fails."""
+"""nbconvert's configuration: show a notebook's output as it comes, and keep one that fails or is stopped."""
 
+import asyncio
 import os
+import signal
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import nbformat
@@ -11,7 +14,24 @@ from nbconvert.preprocessors import ExecutePreprocessor
 
 
 class LiveExecutePreprocessor(ExecutePreprocessor):
-    """Execute in the folder where nbconvert was started; on failure, write the notebook as far as it came."""
+    """Execute in the folder where nbconvert was started; on failure, write the notebook as far as it came.
+
+    SIGINT and SIGTERM interrupt the running cell, which may save its work, where stock nbconvert kills the kernel.
+    """
+
+    stopped_by = None
+
+    @asynccontextmanager
+    async def async_setup_kernel(self, **kwargs):
+        async with super().async_setup_kernel(**kwargs):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_event_loop().add_signal_handler(number, self._stop, number)
+            yield
+
+    def _stop(self, number):
+        if self.stopped_by is None:  # from a terminal it comes twice, from there and from run_all.sh
+            self.stopped_by = number
+            self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
 
     def preprocess(self, nb, resources=None, km=None):
         resources["metadata"]["path"] = os.getcwd()
@@ -20,6 +40,9 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
         except BaseException as error:
             path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
             nbformat.write(self.nb, path)
+            if self.stopped_by:
+                print(f"interrupted; the notebook as far as it came is {path}", file=sys.stderr)
+                sys.exit(128 + self.stopped_by)
             if isinstance(error, CellExecutionError | CellTimeoutError | DeadKernelError):
                 sys.exit(f"{error}\nerror: the notebook failed; as far as it came it is {path}")
             raise

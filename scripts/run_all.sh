@@ -25,7 +25,7 @@ child=
 interrupted() { # stop the run that is going on, then stop
   trap - INT TERM
   [ -n "$child" ] && kill -TERM "$child" 2> /dev/null && wait "$child"
-  echo "interrupted; the same command goes on with the runs that are not finished" >&2
+  echo "interrupted; the same command goes on" >&2
   exit "$1"
 }
 trap 'interrupted 130' INT
@@ -55,7 +55,12 @@ for entry in ${DEPTHS:-28 40 70 100}; do
     "$PYTHON" -m resnet_vae train &
   fi
   child=$!
-  wait "$child" || failed+=("$depth")
+  wait "$child"
+  case $? in
+    0) ;;
+    4) failed+=("$depth (in work elsewhere)") ;;
+    *) failed+=("$depth") ;;
+  esac
   child=
 done
 

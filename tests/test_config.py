@@ -75,6 +75,8 @@ BAD = {
     "PATIENCE": "-1",
     "MIN_DELTA": "-1",
     "PRECISION": "float8",
+    "DETERMINISTIC": "perhaps",
+    "ROLLBACKS": "-1",
     "REMAT": "maybe",
     "SEED": "-1",
     "OUTDIR": None,

@@ -28,28 +28,45 @@ def test_notebooks_are_committed_without_outputs():
             assert cell.get("execution_count") is None
 
 
+def processes_with(text):
+    """The processes whose environment holds a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:  # ended meanwhile
+            pass
+    return found
+
+
 def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
-    """Stopped at the second depth, the first is kept; the same command trains only what is missing."""
+    """Stopped within the second depth, both are kept as far as they came; the same command trains what is missing."""
     sweep = tmp_path / "sweep"
     command = [HOME / "scripts" / "run_all.sh", sweep]
-    options = {"cwd": tmp_path, "env": environment(depths="28 34"), "text": True}
+    options = {"cwd": tmp_path, "env": environment(depths="28 34:3"), "text": True}
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
-        deadline = time.monotonic() + 300
-        while "depth 34: training" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(4)
+        deadline = time.monotonic() + 400
+        while "epoch 1/3  loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
         running.send_signal(signal.SIGTERM)  # a SIGINT is ignored where the tests run in a shell's background
         assert running.wait(60) == 143
     log = (tmp_path / "log").read_text()
     assert "epoch 1/1  loss" in log
+    assert "stopped by SIGINT; the same command goes on" in log
     assert (sweep / "depth-28" / "metrics.json").exists()
     assert not (sweep / "depth-34" / "metrics.json").exists()
+    assert (sweep / "depth-34" / "checkpoint").exists()
+    assert "InterruptedTrainingError" in str(nbformat.read(sweep / "depth-34" / "resnet_vae.ipynb", 4).cells)
+    assert not processes_with(str(sweep / "depth-34"))
     first = (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns
 
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert "depth 28: finished already" in done.stdout
+    assert "going on in epoch" in done.stdout
+    assert len((sweep / "depth-34" / "history.csv").read_text().splitlines()) == 1 + 3
     assert (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns == first
     for depth in (28, 34):
         run = sweep / f"depth-{depth}"

@@ -13,24 +13,24 @@ from keras import ops
 from resnet_vae import Config, build_vae, load_data, load_run, train
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor
+from resnet_vae.optimizer import AdamW, compile_vae
 from resnet_vae.records import FIGURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import AdamW, Batches, Recorder, TrainingError, compile_vae
+from resnet_vae.training import PLATEAU, Batches, TrainingError, without_progress
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
     images = np.arange(10, dtype="uint8").reshape(10, 1, 1, 1)
 
-    def epochs(seed, count=2):
-        batches = Batches(images, 4, seed)
-        for _ in range(count):
-            yield [batches[i][0].ravel().tolist() for i in range(len(batches))]
-            batches.on_epoch_end()
+    def epoch(seed, number, skip=0):
+        batches = Batches(images, 4, seed, number, skip)
+        return [batches[i][0].ravel().tolist() for i in range(len(batches))]
 
-    first, second = epochs(0)
-    assert [first, second] == list(epochs(0))
+    first, second = epoch(0, 0), epoch(0, 1)
+    assert [first, second] == [epoch(0, 0), epoch(0, 1)]
     assert first != second
-    assert first != next(epochs(1))
+    assert epoch(0, 0, skip=1) == first[1:]
+    assert first != epoch(1, 0)
     assert [len(batch) for batch in first] == [4, 4]
     assert len({*first[0], *first[1]}) == 8
     in_order = Batches(images, 4)
@@ -144,19 +144,50 @@ def test_broken_weights_are_told(finished_run, tmp_path):
         load_run(tmp_path)
 
 
+DIVERGING = TINY | {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0, "cmdline": True}
+
+
 def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
-    settings = TINY | {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0}
-    with pytest.raises(TrainingError, match=r"not finite in epoch \d; lower LEARNING_RATE \(1e\+30\)"):
-        train(Config(**settings, outdir=str(tmp_path / "run"), cmdline=True))
+    with pytest.raises(TrainingError, match=r"(is nan|is inf|not finite) in epoch 1, step \d+; lower .*\(1e\+30\)"):
+        train(Config(**DIVERGING, outdir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, tiny_vae):
-    recorder = Recorder(tmp_path / "history.csv", Config(**TINY))
-    recorder.set_model(tiny_vae)
-    recorder.on_epoch_begin(0)
-    with pytest.raises(TrainingError, match="validation loss is nan in epoch 1"):
-        recorder.on_epoch_end(0, {"loss": 1.0, "val_loss": float("nan")})
+def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, capsys):
+    """Going back once to a rate that works; the history tells. The test above is that of none at all."""
+    monkeypatch.setattr("resnet_vae.training.ROLLBACK_FACTOR", 1e-33)
+    run = read_run(train(Config(**{**DIVERGING, "epochs": 1}, rollbacks=1, outdir=str(tmp_path / "saved"))))
+    assert capsys.readouterr().out.count("going back to the last checkpoint") == 1
+    assert run.history[0]["rollbacks"] == 1
+    assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_progress_is_counted_as_keras_counts_it(seed):
+    """Early stopping and the plateau's reductions against Keras's callbacks on random losses."""
+    losses = np.random.default_rng(seed).uniform(0, 1, 60).round(2)
+
+    class Model:
+        """As much of a model as the callbacks look at."""
+
+        optimizer = keras.optimizers.SGD(1.0)
+        stop_training = False
+
+    stopping = keras.callbacks.EarlyStopping(patience=5, min_delta=0.1)
+    plateau = keras.callbacks.ReduceLROnPlateau(factor=PLATEAU["factor"], patience=5, min_delta=0)
+    stopped = None
+    for callback in (stopping, plateau):
+        callback.set_model(Model())
+        callback.on_train_begin()
+        for epoch, loss in enumerate(losses):
+            callback.on_epoch_end(epoch, {"val_loss": loss, "loss": loss})
+            if callback.model.stop_training and stopped is None:
+                stopped = epoch + 1
+            if callback is plateau:
+                rate = float(ops.convert_to_numpy(Model.optimizer.learning_rate))
+                assert rate == PLATEAU["factor"] ** without_progress(losses[: epoch + 1], 5)
+    counts = [without_progress(losses[: epoch + 1], 5, 0.1) for epoch in range(60)]
+    assert stopped == counts.index(1) + 1
 
 
 def test_published_recipe_with_early_stopping_and_plateau(tmp_path):
@@ -199,4 +230,11 @@ def test_history_is_one_row_an_epoch(finished_run):
     with open(finished_run / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
-    assert set(rows[0]) == {*FIGURES, *(f"val_{name}" for name in FIGURES), "epoch", "learning_rate", "seconds"}
+    assert set(rows[0]) == {
+        *FIGURES,
+        *(f"val_{name}" for name in FIGURES),
+        "epoch",
+        "learning_rate",
+        "seconds",
+        "rollbacks",
+    }

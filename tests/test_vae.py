@@ -14,7 +14,7 @@ from scipy import integrate, special, stats
 from resnet_vae import Config, build_vae
 from resnet_vae.blocks import Bottleneck, Repeated
 from resnet_vae.data import entropy_floor
-from resnet_vae.training import AdamW
+from resnet_vae.optimizer import AdamW
 from resnet_vae.vae import VAE, Sampling, kl_divergence, precision, reconstruction_loss
 
 RNG = np.random.default_rng(0)

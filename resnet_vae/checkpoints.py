@@ -1,0 +1,131 @@
+"""A training's state on disk: one file, written whole or not at all, checked when it is read, and the one before it.
+
+The file is a line that names the format, the SHA-256 of all that follows, a line of JSON, and arrays in NumPy's
+format, without pickle.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from resnet_vae.records import RecordError
+
+FORMAT = b"resnet_vae checkpoint 1\n"
+NAMES = ("checkpoint", "checkpoint-before", "partial-checkpoint")  # the newest, the one before, one being written
+CHUNK = 1 << 20
+
+
+class DamagedError(Exception):
+    """A file that is not, or not wholly, what was written."""
+
+
+class _Hashing:
+    """A file to write to that keeps the SHA-256 of what went through."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content):
+        self.digest.update(content)
+        return self.file.write(content)
+
+
+def save(folder, values, arrays):
+    """Write a checkpoint, which takes the place of the one before; that one is kept, too.
+
+    Args:
+        folder: the run's.
+        values: what JSON can hold.
+        arrays: arrays, or a generator of them, so that only one need be in memory.
+
+    Raises:
+        RecordError: it cannot be written; the checkpoints that there were are as they were.
+    """
+    newest, before, partial = (Path(folder, name) for name in NAMES)
+    try:
+        try:
+            with open(partial, "wb") as file:
+                file.write(FORMAT + bytes(32))
+                content = _Hashing(file)
+                content.write(json.dumps(values).encode() + b"\n")
+                for array in arrays:
+                    np.lib.format.write_array(content, np.asarray(array), allow_pickle=False)
+                file.seek(len(FORMAT))
+                file.write(content.digest.digest())
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if newest.exists():
+            os.replace(newest, before)
+        os.replace(partial, newest)
+        _sync_folder(folder)
+    except OSError as error:
+        raise RecordError(
+            f"{newest} cannot be written: {error.strerror}; the checkpoint before it, if any, is intact: the same "
+            "command goes on from there"
+        ) from None
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(folder):
+    """Read the newest checkpoint that is whole; of one that is not, a line on stderr tells.
+
+    Returns:
+        (values, arrays), or None where there never was a checkpoint.
+
+    Raises:
+        RecordError: there are checkpoints, but none is whole.
+    """
+    found = [path for path in (Path(folder, name) for name in NAMES[:2]) if path.exists()]
+    damages = []
+    for path in found:
+        try:
+            content = _read(path)
+        except (OSError, DamagedError) as error:
+            damages.append(f"{path} {error}")
+        else:
+            if damages:
+                print(f"warning: {'; '.join(damages)}; going on from {path.name}, which is older", file=sys.stderr)
+            return content
+    if damages:
+        raise RecordError(f"{'; '.join(damages)}; to train from the beginning, move {folder} away")
+    return None
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        if file.read(len(FORMAT)) != FORMAT:
+            raise DamagedError("is no checkpoint")
+        expected, digest = file.read(32), hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+        if digest.digest() != expected:
+            raise DamagedError("is damaged: its content is not what was written")
+        end = file.tell()
+        file.seek(len(FORMAT) + 32)
+        try:
+            values, arrays = json.loads(file.readline()), []
+            while file.tell() < end:
+                arrays.append(np.lib.format.read_array(file, allow_pickle=False))
+        except ValueError as error:  # only of a file that was made up, hash and all
+            raise DamagedError(f"cannot be read: {error}") from None
+    return values, arrays
+
+
+def remove(folder):
+    """Remove a folder's checkpoints."""
+    for name in NAMES:
+        Path(folder, name).unlink(missing_ok=True)

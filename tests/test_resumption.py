@@ -1,0 +1,212 @@
+"""Interrupted trainings: real processes are killed, and what comes of it is compared with an undisturbed run."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+from conftest import TINY
+
+from resnet_vae import Config, checkpoints, load_data
+from resnet_vae.config import UserError
+from resnet_vae.records import RecordError
+
+# What is run in a process of its own: the command line with a checkpoint after each step, and a mishap.
+CHILD = """
+import os, signal, sys
+import resnet_vae.training as training
+training.INTERVAL, training.SHARE = 0.0, 1e9
+{mishap}
+from resnet_vae.__main__ import main
+sys.exit(main())
+"""
+KILLED_INSIDE_THE_40TH_SAVE = """
+from resnet_vae import checkpoints
+count, replace = 0, os.replace
+def killing(source, target):
+    global count
+    count += str(source).endswith("partial-checkpoint")
+    if count == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = killing
+"""
+TERMINATED_WHILE_VALIDATING = """
+look = training.Training.on_test_batch_end
+def terminating(self, batch, logs=None):
+    if len(self.rows) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    look(self, batch, logs)
+training.Training.on_test_batch_end = terminating
+"""
+
+
+def train_in_a_process(folder, mishap="", **settings):
+    settings = {name.upper(): str(value) for name, value in {**TINY, "cmdline": 1, **settings}.items()}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD.format(mishap=mishap), "train"],
+        env=os.environ | settings | {"OUTDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def state(folder):
+    """Everything in a finished run that must not depend on interruptions: the history, and weights with optimizer."""
+    history = [line.split(",") for line in (folder / "history.csv").read_text().splitlines()]
+    history = [row[:10] for row in history]  # without the seconds
+    with zipfile.ZipFile(folder / "model.keras") as archive:
+        file = h5py.File(io.BytesIO(archive.read("model.weights.h5")))
+    arrays = {}
+    file.visititems(lambda name, item: arrays.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return history, arrays
+
+
+def test_a_killed_and_terminated_training_is_the_undisturbed_one(finished_run, tmp_path):
+    """kill -9 inside a save in the second epoch; SIGTERM in a validation; then to the end: bit for bit the same."""
+    run = tmp_path / "run"
+    done = train_in_a_process(run, KILLED_INSIDE_THE_40TH_SAVE)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (run / "partial-checkpoint").exists()
+    done = train_in_a_process(run, TERMINATED_WHILE_VALIDATING)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "going on in epoch 2, after step" in done.stdout
+    assert "stopped by SIGTERM; the same command goes on from the checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = train_in_a_process(run, learning_rate=0.001)
+    assert done.returncode == 2
+    assert "unfinished run of something else (LEARNING_RATE 0.002 there, 0.001 here)" in done.stderr
+    done = train_in_a_process(run)
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch 2" in done.stdout
+    assert not [name for name in checkpoints.NAMES if (run / name).exists()]
+    assert json.loads((run / "provenance.json").read_text())["sessions"] == 3
+
+    (history, arrays), (expected_history, expected) = state(run), state(finished_run)
+    assert history == expected_history
+    assert arrays.keys() == expected.keys()
+    assert len(arrays) > 100
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+
+
+SAVER = """
+import sys, numpy as np
+from resnet_vae import checkpoints
+for number in range(int(sys.argv[2]), 10**9):
+    checkpoints.save(sys.argv[1], {"number": number}, [np.full(100_000, number), np.arange(number % 7)])
+    print(number, flush=True)
+"""
+
+
+def test_killed_at_any_moment_of_a_save_a_whole_checkpoint_remains(tmp_path):
+    """Twenty processes that do nothing but save, each killed at a random moment."""
+    last = -1
+    for attempt in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVER, tmp_path, str(last + 1)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.readline()
+            time.sleep(random.Random(attempt).uniform(0, 0.05))
+            process.kill()
+            written = [int(line) for line in process.stdout.read().split()]
+        values, (first, second) = checkpoints.load(tmp_path)
+        assert values["number"] >= max([last + 1, *written])
+        np.testing.assert_array_equal(first, np.full(100_000, values["number"]))
+        np.testing.assert_array_equal(second, np.arange(values["number"] % 7))
+        last = values["number"]
+
+
+@pytest.fixture
+def two_generations(tmp_path):
+    for number in (1, 2):
+        checkpoints.save(tmp_path, {"number": number}, [np.full(1000, number)])
+    return tmp_path
+
+
+def spoil(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "a bit":
+        content[len(content) // 2] ^= 4
+    elif how == "truncated":
+        del content[-10:]
+    elif how == "emptied":
+        content.clear()
+    elif how == "a tail of another":
+        content[-200:] = path.with_name("checkpoint-before").read_bytes()[-200:]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["a bit", "truncated", "emptied", "a tail of another"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(two_generations, how, capsys):
+    spoil(two_generations / "checkpoint", how)
+    values, _ = checkpoints.load(two_generations)
+    assert values == {"number": 1}
+    assert "checkpoint is" in capsys.readouterr().err
+    spoil(two_generations / "checkpoint-before", "truncated")
+    with pytest.raises(RecordError, match=r"is damaged.*to train from the beginning, move"):
+        checkpoints.load(two_generations)
+
+
+def test_a_checkpoint_with_pickled_objects_is_refused(two_generations):
+    class Canary:
+        def __reduce__(self):
+            return open, (str(two_generations / "canary"), "w")
+
+    content = io.BytesIO()
+    np.save(content, np.array([Canary()]), allow_pickle=True)
+    (two_generations / "checkpoint-before").unlink()
+    body = b"{}\n" + content.getvalue()
+    whole = checkpoints.FORMAT + hashlib.sha256(body).digest() + body
+    (two_generations / "checkpoint").write_bytes(whole)
+    with pytest.raises(RecordError, match="cannot be read"):
+        checkpoints.load(two_generations)
+    assert not (two_generations / "canary").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(two_generations):
+    (two_generations / "partial-checkpoint").symlink_to("/dev/full")
+    with pytest.raises(RecordError, match=r"checkpoint cannot be written: No space left.*goes on from there"):
+        checkpoints.save(two_generations, {"number": 3}, [np.arange(9)])
+    assert checkpoints.load(two_generations)[0] == {"number": 2}
+    checkpoints.save(two_generations, {"number": 3}, [np.arange(9)])
+    assert checkpoints.load(two_generations)[0] == {"number": 3}
+
+
+def test_a_folder_that_another_process_trains_in(tmp_path, monkeypatch):
+    """The second process is told so, and does nothing."""
+    import filelock
+
+    from resnet_vae import train
+
+    config = Config(**TINY, outdir=str(tmp_path), cmdline=True)
+    with filelock.FileLock(tmp_path / "lock"), pytest.raises(UserError, match="in use by another process") as told:
+        train(config, load_data(config))
+    assert told.value.exit_code == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(MemoryError(), "out of memory"), (OSError(28, "No space left"), "No space")]
+)
+def test_memory_and_disk_that_run_out_are_told_in_a_line(tmp_path, monkeypatch, error, told):
+    from resnet_vae import train, training
+
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(training.Training, "_run_epoch", fail)
+    config = Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)
+    with pytest.raises(UserError, match=told):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.json").exists()
