@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
 
-.PHONY: help install demo test test-jax test-torch bench scaling lint table1 clean
+.PHONY: help install demo test test-jax test-torch bench scaling soak lint table1 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; 
 
 scaling: $(VENV)/installed ## time and memory against depth, width, image size and batch, into results/scaling
 	$(RUN) $(BIN)/python benchmarks/scaling.py $(SCALING)
+
+soak: $(VENV)/installed ## a quarter of an hour of killing small runs and going on with them, into results/soak
+	$(RUN) scripts/soak.sh
 
 lint: $(VENV)/installed-dev ## ruff on the package, the tests, the scripts and the notebooks
 	$(BIN)/ruff check .

@@ -36,6 +36,10 @@ def _parser():
     command("interpolate", "draw lines in latent space between test images", run=True)
     table = command("table", "write the table and the figures of the runs below a folder")
     table.add_argument("folder", type=Path, metavar="FOLDER")
+    check = command("verify", "recompute tables, figures, hashes and sums of recorded sweeps; tell what does not match")
+    check.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    compare = command("compare", "tell in what two finished runs differ: history, weights, optimizer")
+    compare.add_argument("runs", type=Path, nargs=2, metavar="RUN")
     evaluate = command("evaluate", "evaluate a run on the test images of another data set, and record it")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     evaluate.add_argument("dataset", metavar="DATASET", help="a data set as for DATASET")
@@ -103,6 +107,27 @@ def _table(arguments):
         print(path)
 
 
+def _verify(arguments):
+    from resnet_vae.verify import verify
+
+    wrong = [line for folder in arguments.folders for line in verify(folder)]
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"as recorded: {', '.join(map(str, arguments.folders))}")
+    return 1 if wrong else 0
+
+
+def _compare(arguments):
+    from resnet_vae.verify import differences
+
+    differing = differences(*arguments.runs)
+    print(f"differences: {len(differing)}")
+    for name in differing:
+        print(name)
+    return 1 if differing else 0
+
+
 def _evaluate(arguments):
     from resnet_vae.results import evaluate_run
 
@@ -118,6 +143,8 @@ COMMANDS = {
     "reconstruct": _draw,
     "interpolate": _draw,
     "table": _table,
+    "verify": _verify,
+    "compare": _compare,
     "evaluate": _evaluate,
 }
 

@@ -54,7 +54,7 @@ BEFORE = {
     "kl_warmup_steps": 0,
     "deterministic": False,
 }  # what was done before there was such a setting
-NOT_OF_THE_RUN = {"outdir", "cmdline", "remat"}  # fields that do not change what is trained
+NOT_OF_THE_RUN = {"outdir", "cmdline", "remat", "checkpoint_seconds"}  # fields that do not change what is trained
 
 
 class UserError(Exception):
@@ -193,6 +193,9 @@ class Config(BaseModel):
         description="how often divergence may send the run back to its checkpoint, at half the rate",
     )
     seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights, order, noise and held-out images")
+    checkpoint_seconds: float = Field(
+        30.0, ge=0, description="between checkpoints, at least; and a hundred times what writing one takes"
+    )
     outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")
     cmdline: bool = Field(False, description="no progress bars or widgets: one plain line an epoch")
 

@@ -145,8 +145,7 @@ def describe(run):
 
 
 def save(figure, path):
-    """Save a figure as a PNG without a date, so that equal figures are equal files; returns the path."""
-    path = Path(path)
+    """Save a figure as a PNG without a date, so that equal figures are equal files; returns the path (or file)."""
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return path
 
@@ -162,7 +161,11 @@ def draw_run(run, vae, images):
     return [save(figure, run.folder / f"{name}.png") for name, figure in figures.items()]
 
 
+def of_sweep(runs):
+    """The figures of a sweep: file name without ending → Figure."""
+    return {"losses_by_epoch": losses_by_epoch(runs), "losses_by_depth": losses_by_depth(runs)}
+
+
 def draw_sweep(runs, folder):
     """Draw a sweep's figures into a folder; returns their paths."""
-    figures = {"losses_by_epoch": losses_by_epoch(runs), "losses_by_depth": losses_by_depth(runs)}
-    return [save(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+    return [save(figure, Path(folder) / f"{name}.png") for name, figure in of_sweep(runs).items()]

@@ -134,13 +134,8 @@ def notes(runs):
     return told
 
 
-def write_table(folder):
-    """Write table.md, table.csv and table.tex of the runs below a folder; the same runs give the same bytes.
-
-    Returns:
-        The Markdown text.
-    """
-    folder = Path(folder)
+def tables(folder):
+    """The table of the runs below a folder: file name → text; the same runs give the same text."""
     runs = read_sweep(folder)
     rows, told = table_rows(runs), notes(runs)
     cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in COLUMNS.items()] for row in rows]
@@ -160,9 +155,15 @@ def write_table(folder):
         latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
     latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in told)
 
-    for name, content in (("table.md", markdown), ("table.csv", text.getvalue()), ("table.tex", latex)):
-        write_text(folder / name, content)
-    return markdown
+    return {"table.md": markdown, "table.csv": text.getvalue(), "table.tex": latex}
+
+
+def write_table(folder):
+    """Write table.md, table.csv and table.tex of the runs below a folder; returns the Markdown text."""
+    texts = tables(folder)
+    for name, text in texts.items():
+        write_text(Path(folder) / name, text)
+    return texts["table.md"]
 
 
 MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;", "\n": " "}

@@ -26,7 +26,6 @@ from resnet_vae.vae import build_vae, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
-INTERVAL = 30.0  # seconds between checkpoints, at least
 SHARE = 0.01  # of the time that writing checkpoints may take
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
@@ -138,7 +137,7 @@ class Training(keras.callbacks.Callback):
         self.rollbacks, self.sessions = rollbacks, 0
         self.seconds = self.cpu_seconds = self.began = 0.0  # of all sessions; when the epoch began
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        self.interval, self.signal, self.bar = INTERVAL, None, None
+        self.interval, self.signal, self.bar = config.checkpoint_seconds, None, None
         self.metrics = self.best_weights = None
 
         loaded = checkpoints.load(folder)
@@ -204,7 +203,7 @@ class Training(keras.callbacks.Callback):
 
         checkpoints.save(self.folder, {name: getattr(self, name) for name in self.KEPT}, arrays())
         self._remember()
-        self.interval = max(INTERVAL, (self.saved_at - began) / SHARE)
+        self.interval = max(self.config.checkpoint_seconds, (self.saved_at - began) / SHARE)
 
     def _position(self):
         return len(self.rows), self.step, self.figures is None
@@ -437,6 +436,7 @@ def _train(config, data, folder):
         "test": evaluate(vae, data.test, config.batch_size),
         "test_floor": entropy_floor(data.test),
     }
+    files = ("config.json", "history.csv", "model.keras")
     write_json(
         folder / "provenance.json",
         {
@@ -455,6 +455,7 @@ def _train(config, data, folder):
                 "validation": len(data.validation),
                 "test": len(data.test),
             },
+            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
         },
     )
     write_json(folder / "metrics.json", metrics)  # it marks the run as finished

@@ -77,6 +77,7 @@ BAD = {
     "PRECISION": "float8",
     "DETERMINISTIC": "perhaps",
     "ROLLBACKS": "-1",
+    "CHECKPOINT_SECONDS": "-1",
     "REMAT": "maybe",
     "SEED": "-1",
     "OUTDIR": None,

@@ -13,6 +13,7 @@ from resnet_vae import Config
 from resnet_vae.config import UserError
 from resnet_vae.records import FIGURES, read_sweep
 from resnet_vae.results import table_rows, write_table
+from resnet_vae.verify import verify
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -98,14 +99,51 @@ def test_no_runs_is_told(tmp_path):
         write_table(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "recorded", sorted(path.parent for path in RESULTS.glob("*/table.md")), ids=lambda path: path.name
-)
-def test_a_recorded_sweep_gives_the_committed_table(tmp_path, recorded):
-    copy = shutil.copytree(recorded, tmp_path / recorded.name)
-    write_table(copy)
-    for name in ("table.md", "table.csv", "table.tex"):
-        assert (copy / name).read_bytes() == (recorded / name).read_bytes()
+RECORDED = sorted(path.parent for path in RESULTS.glob("*/table.md"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.name)
+def test_what_is_recorded_still_follows_from_the_runs(recorded):
+    assert verify(recorded) == []
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_verify_tells_what_does_not_match(tmp_path):
+    """One thing after the other is changed in a copy of a recorded sweep."""
+    original = RECORDED[0]
+
+    def found(spoil):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        copy = shutil.copytree(original, tmp_path / "copy")
+        spoil(copy, copy / "depth-28")
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet_vae", "verify", str(copy)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def another_file(sweep, run):
+        provenance = json.loads((run / "provenance.json").read_text())
+        provenance["files"] = {"history.csv": "0" * 64}
+        (run / "provenance.json").write_text(json.dumps(provenance))
+
+    best = json.loads((original / "depth-28" / "metrics.json").read_text())
+    loss = str(best["validation"]["loss"])
+    assert "another validation loss" in found(lambda _, run: change(run / "metrics.json", loss, "1700.0"))
+    assert "not the file that the run wrote" in found(another_file)
+    assert "table.md is not the table" in found(lambda sweep, _: change(sweep / "table.md", "| elbo", "| elbe"))
+    assert "table.tex is missing" in found(lambda sweep, _: (sweep / "table.tex").unlink())
+    assert "curves.png is not the figure" in found(
+        lambda sweep, run: shutil.copy(run / "samples.png", run / "curves.png")
+    )
+    assert "epoch" in found(lambda _, run: change(run / "history.csv", "\n1,", "\n2,"))
+    assert "lacks something" in found(lambda _, run: change(run / "metrics.json", '"best_epoch"', '"worst_epoch"'))
 
 
 def test_the_readmes_table_is_a_recorded_one():

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# A sweep of small runs that is killed again and again, compared with one left alone: [SOAK_SECONDS=900] soak.sh [FOLDER]
+#
+# While there is time, a sweep of two depths on the embedded digits is started, killed at a random moment by a random
+# signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
+# record (signals, resumptions, differences) goes to FOLDER/soak.json (default results/soak), the runs to runs/soak.
+# Exit code: 0 if nothing differs.
+set -uo pipefail
+
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
+export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
+export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
+export DEPTHS="28 34"
+rm -rf "$runs"
+mkdir -p "$runs" "$folder"
+
+began=$SECONDS
+"$scripts/run_all.sh" "$runs/calm" > "$runs/calm.log" 2>&1 || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
+calm=$((SECONDS - began))
+declare -A sent=([KILL]=0 [TERM]=0 [INT]=0)
+rounds=0 differences=0
+while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
+  sweep=$runs/round-$((rounds + 1))
+  until [ -f "$sweep/table.md" ]; do
+    setsid env --default-signal=INT "$scripts/run_all.sh" "$sweep" >> "$sweep.log" 2>&1 & # a process group of its own, so that all of it dies
+    group=$!
+    for _ in $(seq $((RANDOM % (calm * 10)))); do
+      kill -0 "$group" 2> /dev/null || break
+      sleep 0.1
+    done
+    signal=$(shuf -n 1 -e KILL TERM INT)
+    if kill -s "$signal" -- "-$group" 2> /dev/null; then sent[$signal]=$((sent[$signal] + 1)); fi
+    wait "$group" 2> /dev/null
+    while pgrep -g "$group" > /dev/null; do sleep 0.1; done
+  done
+  for run in "$sweep"/*/; do
+    "$PYTHON" -m resnet_vae compare "$runs/calm/$(basename "$run")" "$run" | tee -a "$runs/compare.log"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || differences=$((differences + 1))
+  done
+  rounds=$((rounds + 1))
+done
+
+"$PYTHON" - "$folder/soak.json" "$runs" "$rounds" "$((SECONDS - began))" "$differences" \
+  "${sent[KILL]}" "${sent[TERM]}" "${sent[INT]}" << 'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from resnet_vae.records import environment, write_json
+
+path, runs, *numbers = sys.argv[1:]
+rounds, seconds, differences, *signals = map(int, numbers)
+sessions = [json.loads(each.read_text())["sessions"] for each in sorted(Path(runs).glob("round-*/*/provenance.json"))]
+record = {
+    "seconds": seconds,
+    "sweeps": rounds,
+    "runs": len(sessions),
+    "signals": dict(zip(("SIGKILL", "SIGTERM", "SIGINT"), signals)),
+    "resumptions": sum(sessions) - len(sessions),
+    "runs_that_differ": differences,
+}
+calm = json.loads(next(Path(runs).glob("calm/*/provenance.json")).read_text())
+ran_on = environment(calm["backend"], calm["devices"])
+write_json(Path(path), record | {"ran_on": {**ran_on, "command": "scripts/soak.sh"}})
+print(json.dumps(record))
+PYTHON
+[ "$differences" -eq 0 ]
