@@ -1,6 +1,7 @@
 """Images to train on: named data sets, folders of images and .npz archives, as uint8 arrays in memory."""
 
 import hashlib
+import math
 import os
 import warnings
 import zipfile
@@ -13,6 +14,7 @@ from resnet_vae.config import DATASETS, UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # and no others, of which Pillow runs a program for some
 ARCHIVES = {  # what Keras looks for below its datasets folder, and where that is to be had
     "cifar10": ("cifar-10-batches-py-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
@@ -189,6 +191,10 @@ def _path(path, shape):
 def _npz(path):
     """Arrays of images by the usual names; float arrays hold values in [0, 1]."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _memory():
+            raise ValueError(f"its arrays need {size / 1e9:.0f} GB, which is more than this machine's memory")
         with np.load(path, allow_pickle=False) as arrays:
             found = {
                 role: arrays[name]
@@ -200,11 +206,19 @@ def _npz(path):
                 if name in arrays.files
             }
             names = arrays.files
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # zipfile, zlib and NumPy each raise their own on a broken file
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
     if "train" not in found:
         raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
     return _levels(path, found["train"]), _levels(path, found["test"]) if "test" in found else None
+
+
+def _memory():
+    """Bytes of memory that the machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # no POSIX
+        return math.inf
 
 
 def _levels(path, images):
@@ -261,7 +275,7 @@ def _read_image(file, shape, exact=False):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 channels = shape[2] if shape else 1 if image.mode in ("1", "L", "I;16") else 3
                 if channels not in MODES:
                     raise DataError(f"IMAGE_SHAPE has {channels} channels; image files have 1, 3 or 4")

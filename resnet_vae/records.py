@@ -6,6 +6,7 @@ metrics.json: a run with metrics.json is finished.
 
 import csv
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from resnet_vae.config import Config, UserError
 
@@ -34,21 +37,70 @@ class Run:
     provenance: dict
 
 
+class _Record(BaseModel):
+    """What must be in a file for the tables and the figures to be made; whatever else is there stays."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Figures(_Record):
+    loss: FiniteFloat
+    reconstruction: FiniteFloat
+    kl: FiniteFloat
+    penalty: FiniteFloat
+
+
+class _Metrics(_Record):
+    loss_is: str = ""
+    parameters: PositiveInt
+    epochs: PositiveInt
+    best_epoch: PositiveInt
+    hours: FiniteFloat
+    train: _Figures
+    validation: _Figures
+    validation_floor: FiniteFloat
+    test: _Figures
+
+
+class _Source(_Record):
+    name: str
+
+
+class _Provenance(_Record):
+    data: _Source
+    files: dict[str, str] = {}
+
+
 def read_run(folder):
     """Read a finished run's record, without its model.
 
     Raises:
-        RecordError: a file is missing, cannot be read or lacks something.
+        UserError: a file is missing, cannot be read or lacks something.
     """
     folder = Path(folder)
     config = Config.from_record(read_json(folder / "config.json"))
-    metrics, provenance = read_json(folder / "metrics.json"), read_json(folder / "provenance.json")
+    contents = {}
+    for name, schema in (("metrics", _Metrics), ("provenance", _Provenance)):
+        path = folder / f"{name}.json"
+        try:
+            contents[name] = schema.model_validate(read_json(path)).model_dump()
+        except ValidationError as error:
+            finding = error.errors()[0]
+            place = ".".join(map(str, finding["loc"])) or "the whole"
+            raise RecordError(f"{path} cannot be read: {place}: {finding['msg']}") from None
+    return Run(folder, config, _read_history(folder / "history.csv"), **contents)
+
+
+def _read_history(path):
+    needed = {"epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)}
     try:
-        with open(folder / "history.csv", newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RecordError(f"{folder / 'history.csv'} cannot be read: {error}") from None
-    return Run(folder, config, history, metrics, provenance)
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from None
+    if not history or not needed <= history[0].keys() or not all(math.isfinite(row["val_loss"]) for row in history):
+        raise RecordError(f"{path} cannot be read: expected numbers, a row an epoch, in columns {', '.join(needed)}")
+    return history
 
 
 def read_sweep(folder):
@@ -110,7 +162,7 @@ def read_json(path):
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise RecordError(f"{path} is missing; is {path.parent} the folder of a finished run?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
 
 

@@ -131,6 +131,35 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path / "set")
 
 
+def test_an_image_file_of_another_kind_than_pictures(tmp_path):
+    """PostScript under a picture's name, for which Pillow would run a program."""
+    write_folder(tmp_path / "set", pictures(12, 8, 8))
+    canary = tmp_path / "canary"
+    program = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({canary}) (w) file closefile\nshowpage\n"
+    (tmp_path / "set" / "class0" / "zz.png").write_text(program)
+    with pytest.raises(DataError, match=r"zz\.png cannot be read as an image"):
+        load(tmp_path / "set")
+    assert not canary.exists()
+
+
+def test_bombs(tmp_path):
+    """A picture of too many pixels, and an archive whose arrays would not fit into memory."""
+    write_folder(tmp_path / "set", pictures(12, 8, 8))
+    Image.new("1", (20000, 10000)).save(tmp_path / "set" / "class0" / "zz.png")
+    with pytest.raises(DataError, match=r"zz\.png cannot be read as an image"):
+        load(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train.npy", bytes(1000))
+    content = bytearray((tmp_path / "bomb.npz").read_bytes())
+    place = content.index(b"PK\x01\x02")
+    content[place + 24 : place + 28] = b"\xfe\xff\xff\xff"  # the size that the directory claims: 4 GB
+    (tmp_path / "bomb.npz").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resnet_vae.data._memory", lambda: 2**31)
+        with pytest.raises(DataError, match="more than this machine's memory"):
+            load(tmp_path / "bomb.npz")
+
+
 def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, monkeypatch):
     def fail():
         raise OSError("no network")
