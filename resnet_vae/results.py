@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from pathlib import Path
 
 from resnet_vae.config import UserError
@@ -52,7 +53,9 @@ def load_run(folder):
 
     vae = build_vae(run.config)
     try:
-        vae.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Keras only warns of weights that are not in the file
+            vae.load_weights(path)
     except Exception as error:  # zip, HDF5 and Keras each raise their own on a broken file
         raise UserError(f"{path} cannot be read as the weights of this run: {error}") from None
     vae.compile()

@@ -1,9 +1,14 @@
 import csv
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -142,6 +147,55 @@ def test_broken_weights_are_told(finished_run, tmp_path):
     (tmp_path / "model.keras").write_bytes((finished_run / "model.keras").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"model\.keras cannot be read as the weights"):
         load_run(tmp_path)
+
+
+class Canary:
+    """Unpickled, it opens a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "pickle in the archive", "lambda", "external link"])
+def test_models_from_strangers_do_nothing(finished_run, tmp_path, kind):
+    """A hostile model.keras: only its weights are read, and nothing in it is executed or followed."""
+    run, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(finished_run, run)
+    with zipfile.ZipFile(run / "model.keras") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    if kind == "pickle":
+        (run / "model.keras").write_bytes(pickle.dumps(Canary(canary)))
+    else:
+        if kind == "pickle in the archive":
+            contents["model.weights.h5"] = pickle.dumps(Canary(canary))
+        elif kind == "lambda":
+            code = f"lambda x: open({str(canary)!r}, 'w') and x"
+            layer = {"module": "keras.layers", "class_name": "Lambda", "config": {"function": code}}
+            contents["config.json"] = json.dumps(layer).encode()
+        else:
+            with h5py.File(tmp_path / "elsewhere.h5", "w") as file:
+                file["secret"] = np.ones(8)
+            content = io.BytesIO(contents["model.weights.h5"])
+            with h5py.File(content, "r+") as file:
+                names = []
+                file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+                del file[names[0]]
+                file[names[0]] = h5py.ExternalLink(str(tmp_path / "elsewhere.h5"), "secret")
+            contents["model.weights.h5"] = content.getvalue()
+        with zipfile.ZipFile(run / "model.keras", "w") as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+    try:
+        _, vae = load_run(run)
+    except UserError as error:
+        assert "cannot be read as the weights of this run" in str(error)  # noqa: PT017
+    else:
+        assert kind == "lambda"  # the weights beside it are those of the run
+        assert vae.count_params()
+    assert not canary.exists()
 
 
 DIVERGING = TINY | {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "constant", "warmup_steps": 0, "cmdline": True}
