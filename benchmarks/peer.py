@@ -13,7 +13,7 @@ EPSILON = 1e-3  # Keras's
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck block, (batch, channels, height, width); see `resnet_vae.blocks.Bottleneck`."""
+    """A bottleneck block, (batch, channels, height, width); see `resnet_vae.blocks.ResidualBlock`."""
 
     def __init__(self, channels, filters, stride, transpose, projection, momentum, gain):
         super().__init__()

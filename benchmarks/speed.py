@@ -125,7 +125,7 @@ def make_training(library, config):
     from resnet_vae.normalization import BatchNormalization
 
     if library == "plain":
-        blocks.Bottleneck.call = blocks.Bottleneck.plain
+        blocks.ResidualBlock.call = blocks.ResidualBlock.plain
         BatchNormalization.call = keras.layers.BatchNormalization.call
     vae = build_vae(config)
     if library == "plain":

@@ -1,8 +1,9 @@
-"""Bottleneck residual blocks, with strided and transposed convolutions.
+"""Residual blocks: bottleneck and basic, reducing and enlarging, with the activation after the addition or before.
 
-The blocks of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), figure 5 right,
-with the activation after the addition. A block is one Keras layer, so that a network of a thousand weight layers is
-a chain of a few hundred blocks, and so that a block can be computed in another way without its users seeing it.
+The blocks of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), figure 5, and of
+"Identity Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027), figure 1. A block is one Keras layer,
+so that a network of a thousand weight layers is a chain of a few hundred blocks, and so that a block can be computed
+in another way without its users seeing it.
 """
 
 import keras
@@ -11,28 +12,45 @@ from keras import layers, ops
 from resnet_vae.loop import scan
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
+SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
+ORDERS = ("post", "pre")
+OPTIONS = ("shortcut", "order", "learned_step", "gain", "momentum", "epsilon", "use_bias", "kernel_initializer")
+
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class Bottleneck(layers.Layer):
-    """A bottleneck residual block: relu(shortcut(x) + F(x)).
+class ResidualBlock(layers.Layer):
+    """A residual block: shortcut(x) + F(x), where F is two or three convolutions with normalisation and ReLU.
 
-    F is 1×1 `filters[0]` → BN → ReLU → k×k `filters[1]` → BN → ReLU → 1×1 `filters[2]` → BN. The first 1×1 carries
-    the strides; with `transpose` it is a transposed convolution, which enlarges the image instead of reducing it.
+    In order "post" (the original, https://arxiv.org/abs/1512.03385) a normalisation follows each convolution, and ReLU
+    the addition. In order "pre" (full pre-activation, https://arxiv.org/abs/1603.05027) normalisation and ReLU precede
+    each convolution, and nothing follows the addition, so that a chain of blocks is a sum; what comes after the last
+    block must then begin with a normalisation and ReLU.
 
     Args:
-        filters: three numbers of filters; the block's output has the last of them.
-        kernel_size: of the middle convolution.
-        strides: of the first 1×1 and of the shortcut, (rows, columns).
-        transpose: transposed convolutions where the strides are.
-        projection: the shortcut is a strided 1×1 → BN (equation 1 of the post); otherwise the input itself, whose
-            shape must then be the output's.
-        gain: the last normalisation's initial scale. At 0 the block starts as its shortcut
-            (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable.
-        momentum: of the normalisations' moving averages.
+        filters: of the convolutions; the last is the number of channels that come out. Three make a bottleneck block
+            (1×1, k×k, 1×1), two a basic one (k×k, k×k).
+        kernel_size: k.
+        strides: of the first convolution and of the shortcut, (rows, columns).
+        transpose: enlarge by the strides instead of reducing: the first convolution is a transposed one.
+        shortcut: "identity": x itself, whose shape must then be the output's. "projection": a 1×1 convolution with the
+            strides (with order post, normalised). "pool": averages over the strides, then a 1×1 convolution without
+            them; enlarging, the 1×1 convolution, then each position repeated. "pad": every stride-th position, or each
+            one repeated, and channels of zeros added, or the last ones dropped. "none": no shortcut, a plain network.
+        order: "post" or "pre".
+        learned_step: F(x) is multiplied with a trained number that starts at 1.
+        gain: initial scale of the last normalisation; at 0 the block starts as its shortcut
+            (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable. With
+            order pre, 0 starts the last convolution's kernel at zero instead, and nothing else has an effect.
+        momentum, epsilon: of the normalisations.
+        use_bias: of the convolutions.
         kernel_initializer: of the convolutions.
 
-    Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[2]), or
+    Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[-1]), or
     times the strides with `transpose`.
+
+    Raises:
+        ValueError: a word that is none of these, a number of filters that is not 2 or 3, or, when it is built, an
+            identity between different shapes.
     """
 
     def __init__(
@@ -41,91 +59,150 @@ class Bottleneck(layers.Layer):
         kernel_size=3,
         strides=(1, 1),
         transpose=False,
-        projection=False,
+        shortcut="identity",
+        order="post",
+        learned_step=False,
         gain=0.0,
         momentum=0.99,
+        epsilon=1e-3,
+        use_bias=True,
         kernel_initializer="he_normal",
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if shortcut not in SHORTCUTS or order not in ORDERS or len(filters) not in (2, 3):
+            raise ValueError(
+                f"block {self.name!r}: {len(filters)} filters, shortcut {shortcut!r}, order {order!r}; expected 2 or "
+                f"3, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
+            )
         self.filters, self.kernel_size, self.strides = tuple(filters), kernel_size, tuple(strides)
-        self.transpose, self.projection, self.gain, self.momentum = transpose, projection, gain, momentum
+        self.transpose, self.shortcut_kind, self.order, self.learned_step = transpose, shortcut, order, learned_step
+        self.gain, self.momentum, self.epsilon, self.use_bias = gain, momentum, epsilon, use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         strided = layers.Conv2DTranspose if transpose else layers.Conv2D
-        options = {"padding": "same", "dtype": self.dtype_policy, "kernel_initializer": kernel_initializer}
-        first, middle, last = self.filters
+        options = {"padding": "same", "dtype": self.dtype_policy, "use_bias": use_bias}
+
+        def convolution(kind, count, side, name, kernel=kernel_initializer, **more):
+            return kind(count, side, name=name, kernel_initializer=kernel, **options, **more)
 
         def normalization(name, scale=1.0):
             gamma = keras.initializers.Constant(scale)
-            return BatchNormalization(momentum=momentum, gamma_initializer=gamma, dtype=self.dtype_policy, name=name)
+            return BatchNormalization(
+                momentum=momentum, epsilon=epsilon, gamma_initializer=gamma, dtype=self.dtype_policy, name=name
+            )
 
-        self.conv1 = strided(first, 1, strides=self.strides, name="conv1", **options)
-        self.bn1 = normalization("bn1")
-        self.conv2 = layers.Conv2D(middle, kernel_size, name="conv2", **options)
-        self.bn2 = normalization("bn2")
-        self.conv3 = layers.Conv2D(last, 1, name="conv3", **options)
-        self.bn3 = normalization("bn3", scale=gain)
+        sides = (1, kernel_size, 1) if len(self.filters) == 3 else (kernel_size, kernel_size)
+        last = len(sides) - 1
+        self.convolutions, self.normalizations = [], []
+        for number, (count, side) in enumerate(zip(self.filters, sides, strict=True)):
+            name = f"conv{number + 1}"
+            kernel = "zeros" if number == last and order == "pre" and gain == 0 else kernel_initializer
+            if number == 0:
+                layer = convolution(strided, count, side, name, kernel, strides=self.strides)
+            else:
+                layer = convolution(layers.Conv2D, count, side, name, kernel)
+            scale = gain if number == last and order == "post" else 1.0
+            self.convolutions.append(layer)
+            self.normalizations.append(normalization(f"bn{number + 1}", scale))
         self.shortcut = self.shortcut_bn = None
-        if projection:
-            self.shortcut = strided(last, 1, strides=self.strides, name="shortcut", **options)
+        if shortcut == "projection":
+            self.shortcut = convolution(strided, self.filters[-1], 1, "shortcut", strides=self.strides)
+        elif shortcut == "pool":
+            self.shortcut = convolution(layers.Conv2D, self.filters[-1], 1, "shortcut")
+        if self.shortcut is not None and order == "post":
             self.shortcut_bn = normalization("shortcut_bn")
 
     def build(self, input_shape):
-        if not self.projection and input_shape[-1] != self.filters[-1]:
+        if self.shortcut_kind == "identity" and input_shape[-1] != self.filters[-1]:
             raise ValueError(
                 f"identity block {self.name!r}: the input has {input_shape[-1]} channels and the last filters are "
                 f"{self.filters[-1]}; they must be equal, or use conv_block, whose shortcut is a projection"
             )
         shape = input_shape
-        for convolution, normalization in [
-            (self.conv1, self.bn1),
-            (self.conv2, self.bn2),
-            (self.conv3, self.bn3),
-        ]:
+        for convolution, normalization in zip(self.convolutions, self.normalizations, strict=True):
             convolution.build(shape)
-            shape = convolution.compute_output_shape(shape)
-            normalization.build(shape)
-        if self.projection:
+            after = convolution.compute_output_shape(shape)
+            normalization.build(shape if self.order == "pre" else after)
+            shape = after
+        if self.shortcut is not None:
             self.shortcut.build(input_shape)
+        if self.shortcut_bn is not None:
             self.shortcut_bn.build(shape)
+        self.step = self.add_weight((), "ones", name="step") if self.learned_step else None
 
     def call(self, x, training=None):
+        bottleneck = self.order == "post" and len(self.filters) == 3
         gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an enlarged image that conv2 never fills
-        return (self.plain if gaps or None in x.shape[1:3] else self.fast)(x, training)
+        known = None not in x.shape[1:3]
+        return (self.fast if bottleneck and known and not gaps else self.plain)(x, training)
 
     def plain(self, x, training=None):
         """The block as it is defined."""
-        y = ops.relu(self.bn2(self._middle(x, training), training=training))
-        y = self.bn3(self.conv3(y), training=training)
-        if self.projection:
-            x = self.shortcut_bn(self.shortcut(x), training=training)
-        return ops.relu(x + y)
+        y, pre = x, self.order == "pre"
+        for number, (convolution, normalization) in enumerate(
+            zip(self.convolutions, self.normalizations, strict=True), start=1
+        ):
+            if pre:
+                y = ops.relu(normalization(y, training=training))
+                if number == 1 and self.shortcut is not None:
+                    x = y
+                y = convolution(y)
+            else:
+                y = normalization(convolution(y), training=training)
+                y = ops.relu(y) if number < len(self.filters) else y
+        if self.learned_step:
+            y = y * ops.cast(self.step, y.dtype)
+        if self.shortcut_kind != "none":
+            y = self._skip(x, training) + y
+        return y if pre else ops.relu(y)
+
+    def _skip(self, x, training):
+        """What the shortcut makes of x."""
+        kind, enlarges = self.shortcut_kind, self.transpose and self.strides != (1, 1)
+        reduces = not self.transpose and self.strides != (1, 1)
+        if kind == "pool" and reduces:
+            x = ops.average_pool(x, self.strides, self.strides, padding="same")
+        if kind == "pad" and reduces:
+            x = x[:, :: self.strides[0], :: self.strides[1]]
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        if self.shortcut_bn is not None:
+            x = self.shortcut_bn(x, training=training)
+        if kind in ("pool", "pad") and enlarges:
+            x = ops.repeat(ops.repeat(x, self.strides[0], axis=1), self.strides[1], axis=2)
+        if kind == "pad":
+            missing = self.filters[-1] - x.shape[-1]
+            x = ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing > 0 else x[..., : self.filters[-1]]
+        return x
 
     def fast(self, x, training=None):
-        """The same function in less time.
+        """The same function in less time, for bottleneck blocks in order post.
 
         The widest tensors are the outputs of the last 1×1 and of the shortcut: where a normalisation follows a 1×1 of
         a narrower input, it is folded into the kernel. A strided transposed 1×1 is computed only where its output
         depends on the input; see `resnet_vae.normalization`.
         """
-        enlarges = self.transpose and self.strides != (1, 1)
+        enlarges, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
         y = (self._enlarged if enlarges else self._middle)(x, training)
-        y = ops.relu(self.bn2(y, training=training))
-        kernel, bias = fold(self.conv3, self.bn3, y, training)
+        y = ops.relu(self.normalizations[1](y, training=training))
+        kernel, bias = fold(self.convolutions[2], self.normalizations[2], y, training)
+        if self.learned_step:
+            kernel, bias = kernel * ops.cast(self.step, kernel.dtype), bias * ops.cast(self.step, bias.dtype)
         y = ops.conv(y, kernel, padding="same")
-        if enlarges:
+        if enlarges and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
             x, bias = _spread(x, self.strides), bias + constant
-        elif self.projection and x.shape[-1] * 4 <= self.filters[-1]:
+        elif projects and x.shape[-1] * 4 <= self.filters[-1]:
             x = x[:, :: self.strides[0], :: self.strides[1]]
             kernel, constant = fold(self.shortcut, self.shortcut_bn, x, training)
             x, bias = ops.conv(x, kernel, padding="same"), bias + constant
-        elif self.projection:
-            x = self.shortcut_bn(self.shortcut(x), training=training)
-        return ops.relu(y + ops.cast(bias, y.dtype) + x)
+        elif self.shortcut_kind != "none":
+            x = self._skip(x, training)
+        y = y + ops.cast(bias, y.dtype)
+        return ops.relu(y if self.shortcut_kind == "none" else y + x)
 
     def _middle(self, x, training):
-        return self.conv2(ops.relu(self.bn1(self.conv1(x), training=training)))
+        return self.convolutions[1](ops.relu(self.normalizations[0](self.convolutions[0](x), training=training)))
 
     def _enlarged(self, x, training):
         """The same for a strided transposed conv1.
@@ -133,18 +210,19 @@ class Bottleneck(layers.Layer):
         Less a constant a channel, the image that conv2 sees is zero except at the positions of x: so conv2 of it is a
         strided transposed convolution of x's size. The constant's own convolution varies only at the border.
         """
-        signal, constant = sparse(self.conv1, self.bn1, x, training)
+        signal, constant = sparse(self.convolutions[0], self.normalizations[0], x, training)
         constant = ops.cast(constant, x.dtype)
         height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
-        kernel = ops.convert_to_tensor(self.conv2.kernel)
+        kernel = ops.convert_to_tensor(self.convolutions[1].kernel)
         y = ops.relu(signal + constant) - ops.relu(constant)
         y = ops.conv_transpose(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides, padding="valid")
         first = self.kernel_size // 2  # "same" padding: the image begins in the middle of the kernel
         y = y[:, first : first + height, first : first + width]
-        return y + _convolved_constant(ops.relu(constant), kernel, height, width) + ops.cast(self.conv2.bias, y.dtype)
+        y = y + _convolved_constant(ops.relu(constant), kernel, height, width)
+        return y + ops.cast(self.convolutions[1].bias, y.dtype) if self.use_bias else y
 
     def compute_output_shape(self, input_shape):
-        return (*self.conv1.compute_output_shape(input_shape)[:-1], self.filters[-1])
+        return (*self.convolutions[0].compute_output_shape(input_shape)[:-1], self.filters[-1])
 
     def get_config(self):
         return {
@@ -153,9 +231,13 @@ class Bottleneck(layers.Layer):
             "kernel_size": self.kernel_size,
             "strides": self.strides,
             "transpose": self.transpose,
-            "projection": self.projection,
+            "shortcut": self.shortcut_kind,
+            "order": self.order,
+            "learned_step": self.learned_step,
             "gain": self.gain,
             "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
 
@@ -185,37 +267,27 @@ def _convolved_constant(constant, kernel, height, width):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Repeated(layers.Layer):
-    """`count` bottleneck blocks in a row whose shortcuts are their inputs, computed as one block in a loop.
+    """`count` residual blocks of one shape in a row, computed as one block in a loop.
 
     So the time and the memory to trace and compile do not grow with their number. A weight is one variable for all
     blocks, of shape (count, …); `split` and `join` go over to single blocks and back.
 
     Args:
         count: number of blocks.
-        filters: of a block's three convolutions; the input has the last as its number of channels.
-        kernel_size: of the middle convolutions.
+        filters: of a block's convolutions; the input has the last as its number of channels.
+        kernel_size: of a block.
         remat: keep only the blocks' inputs for the gradient and compute what is within a block a second time
             (https://arxiv.org/abs/1604.06174).
-        gain, momentum, kernel_initializer: as of `Bottleneck`.
+        **options: further ones of `ResidualBlock`, named in OPTIONS, and those of any layer.
 
-    Input and output (batch, height, width, filters[2]).
+    Input and output (batch, height, width, filters[-1]).
     """
 
-    def __init__(
-        self,
-        count,
-        filters,
-        kernel_size=3,
-        remat=False,
-        gain=0.0,
-        momentum=0.99,
-        kernel_initializer="he_normal",
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
+    def __init__(self, count, filters, kernel_size=3, remat=False, **options):
+        super().__init__(**{name: value for name, value in options.items() if name not in OPTIONS})
         self.count, self.remat = count, remat
-        options = {"gain": gain, "momentum": momentum, "kernel_initializer": kernel_initializer}
-        pattern = Bottleneck(filters, kernel_size, dtype=self.dtype_policy, name="block", **options)
+        options = {name: value for name, value in options.items() if name in OPTIONS}
+        pattern = ResidualBlock(filters, kernel_size, dtype=self.dtype_policy, name="block", **options)
         self.pattern = lambda: pattern  # a function, so that Keras does not count the pattern's weights
 
     def build(self, input_shape):
@@ -224,11 +296,12 @@ class Repeated(layers.Layer):
         self.stacks = [self._add_stack(weight) for weight in _weights(pattern)]
 
     def _add_stack(self, weight):
-        kernel_initializer = self.pattern().kernel_initializer
+        kernels = {layer.name: layer.kernel_initializer for layer in self.pattern().convolutions}
+        owner = weight.path.split("/")[-2]
 
         def initialize(shape, dtype=None):
             if weight.name == "kernel":  # the others start as constants
-                return ops.stack([kernel_initializer.clone()(shape[1:], dtype) for _ in range(self.count)])
+                return ops.stack([kernels[owner].clone()(shape[1:], dtype) for _ in range(self.count)])
             return ops.concatenate([weight[None]] * self.count)
 
         return self.add_weight(
@@ -258,10 +331,10 @@ class Repeated(layers.Layer):
         return input_shape
 
     def split(self):
-        """The same as a list of `Bottleneck` layers with weights of their own, to be called one after the other."""
+        """The same as a list of `ResidualBlock` layers with weights of their own, to be called one after the other."""
         blocks = []
         for number in range(self.count):
-            block = Bottleneck.from_config({**self.pattern().get_config(), "name": f"{self.name}_{number + 1}"})
+            block = ResidualBlock.from_config({**self.pattern().get_config(), "name": f"{self.name}_{number + 1}"})
             block.build((None, None, None, block.filters[-1]))
             for weight, stack in zip(_weights(block), self.stacks, strict=True):
                 weight.assign(stack[number])
@@ -269,18 +342,17 @@ class Repeated(layers.Layer):
         return blocks
 
     def join(self, blocks):
-        """Take over the weights of `count` built `Bottleneck` layers; the inverse of `split`."""
+        """Take over the weights of `count` built `ResidualBlock` layers; the inverse of `split`."""
         for stack, weights in zip(self.stacks, zip(*map(_weights, blocks), strict=True), strict=True):
             stack.assign(ops.concatenate([weight[None] for weight in weights]))
 
     def get_config(self):
         pattern = self.pattern().get_config()
-        options = ("filters", "kernel_size", "gain", "momentum", "kernel_initializer")
         return {
             **super().get_config(),
             "count": self.count,
             "remat": self.remat,
-            **{name: pattern[name] for name in options},
+            **{name: pattern[name] for name in ("filters", "kernel_size", *OPTIONS)},
         }
 
 
@@ -289,35 +361,35 @@ def _weights(block):
 
 
 def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
-    """Apply a bottleneck block whose shortcut is the input itself.
+    """Apply a residual block whose shortcut is the input itself.
 
     Args:
-        x: tensor (batch, height, width, filters[2]).
-        kernel_size: of the middle convolution.
-        filters: of the three convolutions.
-        **options: further ones of `Bottleneck`.
+        x: tensor (batch, height, width, filters[-1]).
+        kernel_size: k, of a bottleneck block's middle convolution or of both of a basic block's.
+        filters: of the convolutions: three for a bottleneck block, two for a basic one.
+        **options: further ones of `ResidualBlock`; shortcut "none" makes it a part of a plain network.
 
     Returns:
         Tensor of the shape of `x`.
 
     Raises:
-        ValueError: the channels of `x` are not filters[2].
+        ValueError: the channels of `x` are not filters[-1].
     """
-    return Bottleneck(filters, kernel_size, **options)(x)
+    return ResidualBlock(filters, kernel_size, **options)(x)
 
 
 def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpose=False, **options):
-    """Apply a bottleneck block whose shortcut is a strided 1×1 projection; for changes of size or channels.
+    """Apply a residual block for changes of size or channels; its shortcut is a strided 1×1 projection.
 
     Args:
         x: tensor (batch, height, width, channels).
-        kernel_size: of the middle convolution.
-        filters: of the three convolutions.
-        strides: of the first 1×1 and of the shortcut.
-        transpose: enlarge by the strides instead of reducing (Conv2DTranspose for those two).
-        **options: further ones of `Bottleneck`.
+        kernel_size: k, of a bottleneck block's middle convolution or of both of a basic block's.
+        filters: of the convolutions: three for a bottleneck block, two for a basic one.
+        strides: of the first convolution and of the shortcut.
+        transpose: enlarge by the strides instead of reducing.
+        **options: further ones of `ResidualBlock`, shortcut among them.
 
     Returns:
-        Tensor (batch, height / strides[0], width / strides[1], filters[2]); times the strides with `transpose`.
+        Tensor (batch, height / strides[0], width / strides[1], filters[-1]); times the strides with `transpose`.
     """
-    return Bottleneck(filters, kernel_size, strides, transpose, projection=True, **options)(x)
+    return ResidualBlock(filters, kernel_size, strides, transpose, **{"shortcut": "projection", **options})(x)

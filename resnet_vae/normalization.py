@@ -64,6 +64,10 @@ def _matrix(convolution):
     return ops.transpose(kernel) if isinstance(convolution, layers.Conv2DTranspose) else kernel
 
 
+def _bias(convolution):
+    return _precise(ops.convert_to_tensor(convolution.bias)) if convolution.use_bias else 0.0
+
+
 def fold(convolution, normalization, x, training=None):
     """Kernel and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
 
@@ -78,7 +82,7 @@ def fold(convolution, normalization, x, training=None):
     Returns:
         Kernel (1, 1, channels, filters) in the dtype of x, bias (filters,) in that of statistics.
     """
-    kernel, bias = _precise(_matrix(convolution)), _precise(ops.convert_to_tensor(convolution.bias))
+    kernel, bias = _precise(_matrix(convolution)), _bias(convolution)
 
     def moments():
         rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
@@ -106,7 +110,7 @@ def sparse(convolution, normalization, x, training=None):
         The output at the positions that depend on x, less the constant: (batch, height, width, filters) in the dtype
         of x; and that constant, the whole output at the others: (filters,) in the dtype of statistics.
     """
-    bias = _precise(ops.convert_to_tensor(convolution.bias))
+    bias = _bias(convolution)
     signal = ops.matmul(x, _matrix(convolution))
 
     def moments():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from resnet_vae import Config, build_vae
-from resnet_vae.blocks import Bottleneck
+from resnet_vae.blocks import ResidualBlock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 RNG = np.random.default_rng(0)
@@ -30,10 +30,12 @@ def copy_weights(ours, theirs):
         for target, value in zip(targets, (first, second, *statistics), strict=True):
             target.data.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(target.shape))
 
-    blocks = [layer for part in (ours.encoder, ours.decoder) for layer in part.layers if isinstance(layer, Bottleneck)]
+    blocks = [
+        layer for part in (ours.encoder, ours.decoder) for layer in part.layers if isinstance(layer, ResidualBlock)
+    ]
     for block, module in zip(blocks, [*theirs.encoder, *theirs.decoder], strict=True):
-        for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
-            copy(getattr(block, name), getattr(module, name))
+        for layer in (*block.convolutions, *block.normalizations):
+            copy(layer, getattr(module, layer.name))
         copy(block.shortcut, module.shortcut[0])
         copy(block.shortcut_bn, module.shortcut[1])
     for part, name in ((ours.encoder, "encoder"), (ours.decoder, "decoder")):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from resnet_vae.blocks import Bottleneck, Repeated, conv_block, identity_block
+from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
@@ -12,20 +12,25 @@ EPSILON = 1e-3
 
 
 def convolve(x, kernel, bias, stride=1):
-    """Stride and "same" padding, by summing shifted images; kernels of side 1 and 3."""
+    """Stride and "same" padding, by summing shifted images; kernels of side 1 and 3, sides a multiple of the stride."""
     side = kernel.shape[0]
     padded = np.pad(x, ((0, 0), (side // 2, side // 2), (side // 2, side // 2), (0, 0)))
     height, width = x.shape[1:3]
     total = sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(side) for j in range(side))
-    return total[:, ::stride, ::stride] + bias
+    first = side // 2 - max(side - stride, 0) // 2  # where the first kernel lies; TensorFlow pads less at the beginning
+    return total[:, first::stride, first::stride] + bias
 
 
 def convolve_transposed(x, kernel, bias, stride):
-    """A 1×1 transposed convolution: the products at every stride-th position, the bias everywhere."""
-    batch, height, width, _ = x.shape
-    out = np.zeros((batch, height * stride, width * stride, kernel.shape[2]))
-    out[:, ::stride, ::stride] = x @ kernel[0, 0].T  # Keras keeps transposed kernels as (h, w, out, in)
-    return out + bias
+    """A transposed convolution, "same": each position adds its multiple of the kernel to an enlarged image."""
+    (batch, height, width, _), side = x.shape, kernel.shape[0]
+    cut = max(side - stride, 0) // 2
+    out = np.zeros((batch, (height + 1) * stride + side, (width + 1) * stride + side, kernel.shape[2]))
+    for i in range(height):
+        for j in range(width):  # Keras keeps transposed kernels as (h, w, out, in)
+            block = np.einsum("bc,hwoc->bhwo", x[:, i, j], kernel)
+            out[:, i * stride : i * stride + side, j * stride : j * stride + side] += block
+    return out[:, cut : cut + height * stride, cut : cut + width * stride] + bias
 
 
 def normalize(x, weights, training):
@@ -39,29 +44,80 @@ def reference(block, x, training):
     def weights(layer):
         return [np.asarray(keras.ops.convert_to_numpy(w), "float64") for w in layer.weights]
 
-    stride = block.strides[0]
+    stride, pre = block.strides[0], block.order == "pre"
     strided = convolve_transposed if block.transpose else convolve
-    y = normalize(strided(x, *weights(block.conv1), stride), weights(block.bn1), training)
-    y = normalize(convolve(np.maximum(y, 0), *weights(block.conv2)), weights(block.bn2), training)
-    y = normalize(convolve(np.maximum(y, 0), *weights(block.conv3)), weights(block.bn3), training)
-    if block.projection:
-        x = normalize(strided(x, *weights(block.shortcut), stride), weights(block.shortcut_bn), training)
-    return np.maximum(x + y, 0)
+    y = skip = x
+    for number, (convolution, normalization) in enumerate(zip(block.convolutions, block.normalizations, strict=True)):
+        if pre:
+            y = np.maximum(normalize(y, weights(normalization), training), 0)
+            skip = y if number == 0 and block.shortcut is not None else skip
+        kernel, bias = weights(convolution) if block.use_bias else (*weights(convolution), 0)
+        y = strided(y, kernel, bias, stride) if number == 0 else convolve(y, kernel, bias)
+        if not pre:
+            y = normalize(y, weights(normalization), training)
+            y = np.maximum(y, 0) if number < len(block.filters) - 1 else y
+    if block.learned_step:
+        y = y * keras.ops.convert_to_numpy(block.step)
+    kind, (batch, height, width, channels) = block.shortcut_kind, skip.shape
+    if kind == "pool" and not block.transpose:
+        skip = skip.reshape(batch, height // stride, stride, width // stride, stride, channels).mean((2, 4))
+    if kind == "projection":
+        kernel, bias = weights(block.shortcut) if block.use_bias else (*weights(block.shortcut), 0)
+        skip = strided(skip, kernel, bias, stride)
+    if kind == "pool":
+        skip = convolve(skip, *weights(block.shortcut))
+    if block.shortcut_bn is not None:
+        skip = normalize(skip, weights(block.shortcut_bn), training)
+    if kind in ("pool", "pad") and block.transpose:
+        skip = skip.repeat(stride, 1).repeat(stride, 2)
+    if kind == "pad":
+        skip = skip if block.transpose else skip[:, ::stride, ::stride]
+        padded = np.zeros_like(y)
+        count = min(y.shape[-1], channels)
+        padded[..., :count] = skip[..., :count]
+        skip = padded
+    y = y if kind == "none" else y + skip
+    return y if pre else np.maximum(y, 0)
+
+
+CONV = {"filters": (3, 4, 8), "strides": (2, 2), "shortcut": "projection"}
+UP = {**CONV, "transpose": True}
+BASIC = {**CONV, "filters": (4, 8)}
+KINDS = {
+    "identity": {"filters": (3, 4, 6)},
+    "conv": CONV,
+    "conv, stride 1": {**CONV, "strides": (1, 1)},
+    "transposed": UP,
+    "pool": {**CONV, "shortcut": "pool"},
+    "transposed, pool": {**UP, "shortcut": "pool"},
+    "pad": {**CONV, "shortcut": "pad"},
+    "transposed, pad": {**UP, "filters": (3, 4, 5), "shortcut": "pad"},
+    "none": {**CONV, "shortcut": "none"},
+    "transposed, none": {**UP, "shortcut": "none"},
+    "learned step": {**CONV, "learned_step": True},
+    "no biases": {**CONV, "use_bias": False},
+}
+PLAIN_KINDS = {
+    "basic, identity": {"filters": (4, 6), "learned_step": True},
+    "basic": BASIC,
+    "basic, transposed": {**BASIC, "transpose": True},
+    "pre, identity": {"filters": (3, 4, 6), "order": "pre"},
+    "pre": {**CONV, "order": "pre"},
+    "pre, basic, transposed, pool": {**BASIC, "transpose": True, "shortcut": "pool", "order": "pre"},
+    "pre, basic, pad": {**BASIC, "shortcut": "pad", "order": "pre"},
+    "pre, none": {**CONV, "shortcut": "none", "order": "pre"},
+}
+FAST_KINDS = {
+    "conv, narrow": {**CONV, "filters": (3, 4, 24)},
+    "transposed, narrow": {**UP, "filters": (3, 4, 24), "strides": (1, 1)},
+    "transposed, kernel 2": {**UP, "kernel_size": 2, "strides": (1, 2)},
+    "transposed, kernel 5": {**UP, "kernel_size": 5, "strides": (2, 3)},
+    "transposed, no biases, learned step": {**UP, "use_bias": False, "learned_step": True},
+}
 
 
 def make_block(kind, dtype):
-    enlarging = {"projection": True, "transpose": True}
-    options = {
-        "identity": {"filters": (3, 4, 6)},
-        "conv": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True},
-        "conv, stride 1": {"filters": (3, 4, 8), "projection": True},
-        "transposed": {"filters": (3, 4, 8), "strides": (2, 2), "projection": True, "transpose": True},
-        "conv, narrow": {"filters": (3, 4, 24), "strides": (2, 2), "projection": True},
-        "transposed, narrow": {"filters": (3, 4, 24), "strides": (1, 1), "projection": True, "transpose": True},
-        "transposed, kernel 2": {"filters": (3, 4, 8), "kernel_size": 2, "strides": (1, 2), **enlarging},
-        "transposed, kernel 5": {"filters": (3, 4, 8), "kernel_size": 5, "strides": (2, 3), **enlarging},
-    }[kind]
-    block = Bottleneck(**options, dtype=dtype, name="block")
+    block = ResidualBlock(**{**KINDS, **PLAIN_KINDS, **FAST_KINDS}[kind], dtype=dtype, name="block")
     block.build((None, 6, 8, 6))
     for weight in block.weights:  # nothing at its initial zero or one
         low = 0.5 if "variance" in weight.path or "gamma" in weight.path else -0.5
@@ -69,15 +125,13 @@ def make_block(kind, dtype):
     return block
 
 
-KINDS = ["identity", "conv", "conv, stride 1", "transposed"]
-FURTHER_KINDS = ["conv, narrow", "transposed, narrow", "transposed, kernel 2", "transposed, kernel 5"]
 PRECISIONS = [("float32", 2e-5)]
 if keras.backend.backend() == "tensorflow":  # the others compute parts of a float64 layer in float32
     PRECISIONS.append(("float64", 1e-12))
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *PLAIN_KINDS])
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_block_is_what_numpy_computes(kind, training, dtype, tolerance):
     block = make_block(kind, dtype)
@@ -94,7 +148,7 @@ SHAPES = [(6, 8, 6), (2, 2, 6), (1, 1, 6)]
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="float64 gradients as TensorFlow has them")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS + FURTHER_KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FAST_KINDS])
 def test_fast_block_is_the_plain_one(kind, shape, training):
     """Output, all gradients and the moving statistics of the fast computation, in float64."""
     import tensorflow as tf
@@ -115,17 +169,21 @@ def test_fast_block_is_the_plain_one(kind, shape, training):
         np.testing.assert_allclose(fast, plain, rtol=1e-10, atol=1e-10 * max(1, np.abs(plain).max()))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_repeated_blocks_are_single_ones_in_a_row(remat):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"remat": True}, {"filters": (4, 6), "order": "pre", "learned_step": True}, {"shortcut": "none"}],
+    ids=["plain", "remat", "basic, pre, learned step", "no shortcut"],
+)
+def test_repeated_blocks_are_single_ones_in_a_row(options):
     """Outputs in training and after, moving statistics and the steps of an optimizer; split and join."""
     keras.utils.set_random_seed(3)
     image = keras.Input((4, 6, 6))
-    loop = Repeated(3, (3, 4, 6), gain=0.5, momentum=0.8, remat=remat)
+    loop = Repeated(3, **{"filters": (3, 4, 6), "gain": 0.5, "momentum": 0.8, **options})
     looped = keras.Model(image, loop(image))
-    assert loop.stacks[0].shape == (3, 1, 1, 6, 3)
-    kernels = keras.ops.convert_to_numpy(loop.stacks[0])
+    kernels = keras.ops.convert_to_numpy(next(stack for stack in loop.stacks if "conv1_kernel" in stack.path))
+    assert kernels.shape[0] == 3
     assert np.abs(kernels[0] - kernels[1]).min() > 0
-    assert 0.4 < kernels.std() / np.sqrt(2 / 6) < 1.6  # he_normal's
+    assert 0.4 < kernels.std() / np.sqrt(2 / np.prod(kernels.shape[1:4])) < 1.6  # he_normal's
     blocks, row = loop.split(), image
     for block in blocks:
         row = block(row)
@@ -172,8 +230,9 @@ def test_batch_normalization_is_kerass_own():
 
 def test_blocks_start_as_their_shortcuts():
     x = np.abs(RNG.standard_normal((2, 4, 4, 8))).astype("float32")
-    output = identity_block(x, 3, (2, 2, 8), gain=0.0)
-    np.testing.assert_array_equal(keras.ops.convert_to_numpy(output), x)
+    for order in ("post", "pre"):
+        output = identity_block(x, 3, (2, 2, 8), gain=0.0, order=order)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(output), x)
 
 
 def test_shapes_and_the_wrong_channels():
@@ -183,5 +242,7 @@ def test_shapes_and_the_wrong_channels():
     assert conv_block(image, 3, (2, 2, 10), transpose=True).shape == (None, 16, 24, 10)
     assert conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True).shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
+    with pytest.raises(ValueError, match="expected 2 or 3, one of identity, projection, pool, pad, none"):
+        identity_block(image, 3, (2, 2, 6), shortcut="some")
     with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
         identity_block(image, 3, (2, 2, 7))

@@ -12,7 +12,7 @@ from keras import ops
 from scipy import integrate, special, stats
 
 from resnet_vae import Config, build_vae
-from resnet_vae.blocks import Bottleneck, Repeated
+from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW
 from resnet_vae.vae import VAE, Sampling, kl_divergence, precision, reconstruction_loss
@@ -195,7 +195,7 @@ def test_a_saved_model_is_the_same_in_a_new_process(saved, images, imports):
 
 
 def count_blocks(model):
-    counts = {Bottleneck: lambda layer: 1, Repeated: lambda layer: layer.count}
+    counts = {ResidualBlock: lambda layer: 1, Repeated: lambda layer: layer.count}
     return sum(counts[type(layer)](layer) for layer in model.layers if type(layer) in counts)
 
 
