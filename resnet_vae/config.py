@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -67,20 +68,29 @@ class ConfigError(UserError, ValueError):
     """Bad configuration; the text names every bad value, a line each."""
 
 
-def blocks_per_stage(depth):
+LAYERS = {"bottleneck": 3, "basic": 2}  # weight layers of a block
+
+
+def blocks_per_stage(depth, block="bottleneck"):
     """Number of blocks in each of the four stages for a depth as in Table 1 of the post: 28 → (1, 1, 1, 1).
 
-    The depth counts the weight layers on the longest path through encoder and decoder: 2 × (3 × blocks + 2). The
-    blocks are spread over the stages in the proportions of ResNet-50, 3 : 4 : 6 : 3, by largest remainders.
+    The depth counts the weight layers on the longest path through encoder and decoder, without a stem's:
+    2 × (3 × blocks + 2), with basic blocks 2 × (2 × blocks + 2). The blocks are spread over the stages in the
+    proportions of ResNet-50, 3 : 4 : 6 : 3, by largest remainders.
 
     Raises:
         ValueError: no number of blocks, 4 or more, has this depth.
     """
-    blocks, rest = divmod(depth - 4, 6)
+    layers = 2 * LAYERS[block]
+    blocks, rest = divmod(depth - 4, layers)
     if rest or blocks < 4:
-        below = max(28, 28 + (depth - 28) // 6 * 6)
-        nearest = f"{below} and {below + 6}"
-        told = f"cannot be reached; depths are 28, 34, 40, … (6 × blocks + 4), the nearest are {nearest}"
+        least = 4 * layers + 4
+        below = max(least, least + (depth - least) // layers * layers)
+        first = ", ".join(str(least + number * layers) for number in range(3))
+        told = (
+            f"cannot be reached; depths are {first}, … ({layers} × blocks + 4), the nearest are {below} and "
+            f"{below + layers}"
+        )
         if 0 <= depth <= 3:
             told += f" (the post's notebook wrote {depth} for depth {(28, 40, 70, 100)[depth]})"
         raise ValueError(told)
@@ -104,13 +114,7 @@ def _check_shape(shape):
     return shape
 
 
-def _check_depth(depth):
-    blocks_per_stage(depth)
-    return depth
-
-
 Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
-Depth = Annotated[int, AfterValidator(_check_depth)]
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
@@ -140,7 +144,21 @@ class Config(BaseModel):
         "holdout",
         description="holdout: a tenth of the training images, at most 5000; test: the test images, as the post did",
     )
-    resnet_depth: Depth = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
+    block: Literal["bottleneck", "basic"] = Field(
+        "bottleneck",
+        description="bottleneck: 1x1, 3x3, 1x1 convolutions; basic: two 3x3, a quarter of the channels out",
+    )
+    resnet_depth: int = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
+    order: Literal["post", "pre"] = Field(
+        "post",
+        description="post: ReLU after the addition; pre: before each convolution, and a convolution reads the image",
+    )
+    shortcut: Literal["projection", "pool", "pad", "none"] = Field(
+        "projection",
+        description="where shapes change: projection, pool, pad; none: no shortcuts at all, a plain network",
+    )
+    learned_step: bool = Field(False, description="what a block adds is multiplied with a trained number, 1 at first")
+    stem: int = Field(0, ge=0, le=64, description="plain 3x3 convolutions before the first block, and after the last")
     decoder: Literal["mirrored", "published"] = Field(
         "mirrored", description="order of the decoder's filters: mirrored 2048 to 64, published 64 to 2048 (the post's)"
     )
@@ -209,6 +227,12 @@ class Config(BaseModel):
         preset = PUBLISHED if self.preset == "published" else {}
         for name in type(self).model_fields:
             self._origins[name] = "given" if name in values else "preset" if name in preset else "default"
+
+    @field_validator("resnet_depth")
+    @classmethod
+    def _check_depth(cls, depth, info):
+        blocks_per_stage(depth, info.data.get("block", "bottleneck"))
+        return depth
 
     @model_validator(mode="before")
     @classmethod

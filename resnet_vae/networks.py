@@ -1,7 +1,7 @@
 """The encoder and the decoder: four stages of bottleneck blocks between an image and its latent.
 
-The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): no stem, the first block reads the
-image; a dense layer on either side of the latent.
+The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): unless asked for there is no stem, the
+first block reads the image; a dense layer on either side of the latent.
 """
 
 import math
@@ -10,7 +10,7 @@ import keras
 from keras import layers
 
 from resnet_vae.blocks import Repeated, conv_block, identity_block
-from resnet_vae.config import blocks_per_stage
+from resnet_vae.config import LAYERS, blocks_per_stage
 from resnet_vae.normalization import PACKAGE, BatchNormalization
 
 FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
@@ -34,33 +34,70 @@ def stages(config, transpose=False):
     """The four stages of the encoder, or with `transpose` of the decoder, in their order.
 
     Returns:
-        For each stage its number of blocks, their three numbers of filters, and the strides of the first block, which
-        changes the image's size in all stages but the first.
+        For each stage its number of blocks, their numbers of filters, and the strides of the first block, which changes
+        the image's size in all stages but the first.
     """
-    plan = list(zip(blocks_per_stage(config.resnet_depth), FILTERS, strict=True))
+    plan = list(zip(blocks_per_stage(config.resnet_depth, config.block), FILTERS, strict=True))
     if transpose and config.decoder == "mirrored":
         plan.reverse()
     return [
-        (count, tuple(max(1, round(width * config.width)) for width in widths), (2, 2) if stage else (1, 1))
+        (
+            count,
+            tuple(max(1, round(width * config.width)) for width in widths[: LAYERS[config.block]]),
+            (2, 2) if stage else (1, 1),
+        )
         for stage, (count, widths) in enumerate(plan)
     ]
 
 
+def identity_blocks(x, count, filters, kernel_size=3, remat=False, name="blocks", **options):
+    """Apply `count` blocks whose shortcuts are their inputs: one as it is, several as a loop."""
+    if count == 1:
+        return identity_block(x, kernel_size, filters, name=name.removesuffix("s") + "2", **options)
+    return Repeated(count, filters, kernel_size, remat, name=name, **options)(x) if count else x
+
+
+def plain_convolutions(x, count, filters, name="stem", momentum=0.99, **options):
+    """Apply `count` times 3×3 convolution → BN → ReLU."""
+    for number in range(1, count + 1):
+        x = layers.Conv2D(filters, 3, padding="same", name=f"{name}{number}", **options)(x)
+        x = BatchNormalization(momentum=momentum, name=f"{name}{number}_bn")(x)
+        x = layers.ReLU(name=f"{name}{number}_relu")(x)
+    return x
+
+
 def _apply_stages(x, config, transpose):
-    """Apply the stages: each a conv_block and its identity_blocks."""
-    identity = config.initialization == "identity"
+    """Apply the stages, each a conv_block and its identity_blocks, and the stem on the side of the image."""
+    identity, plain = config.initialization == "identity", config.shortcut == "none"
     options = {
         "momentum": config.norm_momentum,
         "kernel_initializer": "he_normal" if identity else "glorot_uniform",
     }
-    gain = 0.0 if identity else 1.0  # of the identity blocks
+    stem = {"count": config.stem, "filters": max(1, round(FILTERS[0][0] * config.width)), **options}
+    if not transpose:
+        x = plain_convolutions(x, **stem)
+        if config.order == "pre" and not config.stem:  # or else the ReLU of the first block takes half of the image
+            x = layers.Conv2D(stem["filters"], 3, padding="same", name="first_convolution")(x)
+    options |= {"order": config.order, "learned_step": config.learned_step}
     for stage, (count, filters, strides) in enumerate(stages(config, transpose), start=1):
-        x = conv_block(x, 3, filters, strides, transpose, name=f"stage{stage}_block1", gain=1.0, **options)
-        if count == 2:
-            x = identity_block(x, 3, filters, name=f"stage{stage}_block2", gain=gain, **options)
-        elif count > 2:
-            x = Repeated(count - 1, filters, 3, config.remat, name=f"stage{stage}_blocks", gain=gain, **options)(x)
-    return x
+        name = f"stage{stage}_block"
+        x = conv_block(
+            x, 3, filters, strides, transpose, name=f"{name}1", shortcut=config.shortcut, gain=1.0, **options
+        )
+        x = identity_blocks(
+            x,
+            count - 1,
+            filters,
+            remat=config.remat,
+            name=f"{name}s",
+            shortcut="none" if plain else "identity",
+            gain=0.0 if identity and not plain else 1.0,
+            **options,
+        )
+    if config.order == "pre":
+        x = BatchNormalization(momentum=config.norm_momentum, name="last_bn")(x)
+        x = layers.ReLU(name="last_relu")(x)
+    return plain_convolutions(x, **stem) if transpose else x
 
 
 def _intermediate(x, units, config):

@@ -266,6 +266,39 @@ def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
     assert keras.config.dtype_policy().name == "float32"
 
 
+def test_other_blocks_in_the_vae(images, tmp_path):
+    """Every word of the blocks at once: it trains, and is the same after saving and loading."""
+    words = {"block": "basic", "order": "pre", "shortcut": "pool", "learned_step": True, "stem": 1}
+    keras.utils.set_random_seed(0)
+    vae = build_vae(Config(**TINY, **words))
+    assert count_blocks(vae.encoder) == count_blocks(vae.decoder) == (28 - 4) // 4
+    assert [layer.name for layer in vae.encoder.layers[1:4]] == ["stem1", "stem1_bn", "stem1_relu"]
+    assert [layer.name for layer in vae.decoder.layers[-4:-1]] == ["stem1", "stem1_bn", "stem1_relu"]
+    steps = [weight for weight in vae.trainable_weights if weight.path.endswith("step")]
+    assert sum(int(np.prod(step.shape)) for step in steps) == 12
+    vae.compile(AdamW(0.01))
+    losses = vae.fit(images, batch_size=16, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert any(np.any(keras.ops.convert_to_numpy(step) != 1) for step in steps)
+    vae.save(tmp_path / "vae.keras")
+    loaded = keras.saving.load_model(tmp_path / "vae.keras")
+    np.testing.assert_array_equal(loaded.predict(images, verbose=0), vae.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize(
+    "words", [{"shortcut": "none"}, {"order": "pre"}, {"shortcut": "pad", "block": "basic"}], ids=str
+)
+def test_how_other_blocks_begin(images, words):
+    """A plain network and the others begin at the loss of a grey picture, too."""
+    vae = build_vae(Config(**TINY, resnet_depth=40, **words, kl_warmup_steps=0))
+    vae.compile()
+    figures = vae.evaluate(images, batch_size=48, verbose=0, return_dict=True)
+    assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=1e-4)
+    assert np.isfinite(figures["kl"])
+    steps = [layer for layer in vae.encoder.layers if isinstance(layer, ResidualBlock)]
+    assert {layer.shortcut_kind for layer in steps[:1]} == {words.get("shortcut", "projection")}
+
+
 def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):
     """Depth 1000 through fit: few layers to trace, a first loss that is small and falls, and the saved file."""
     keras.utils.set_random_seed(0)
