@@ -1,7 +1,7 @@
 """Residual-network variational autoencoders, swept over depth.
 
 The public names are here and are imported when first used, so that importing the package is quick and starts no
-backend: Config, build_vae, load_data, train, load_run.
+backend: Config, build_vae, build_classifier, load_data, train, load_run.
 """
 
 import importlib
@@ -9,9 +9,24 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
-_HOMES = {"Config": "config", "build_vae": "vae", "load_data": "data", "load_run": "results", "train": "training"}
-_WITH_KERAS = ("training", "optimizer", "vae", "networks", "blocks", "normalization")  # the first imports the others
-__all__ = ["Config", "build_vae", "load_data", "load_run", "train"]
+_HOMES = {
+    "Config": "config",
+    "build_classifier": "classifiers",
+    "build_vae": "vae",
+    "load_data": "data",
+    "load_run": "results",
+    "train": "training",
+}
+_WITH_KERAS = (
+    "training",
+    "classifiers",
+    "optimizer",
+    "vae",
+    "networks",
+    "blocks",
+    "normalization",
+)  # the first imports the others
+__all__ = ["Config", "build_classifier", "build_vae", "load_data", "load_run", "train"]
 __version__ = "0.1.0"
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # TensorFlow uses it unasked only on processors with AVX-512

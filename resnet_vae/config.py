@@ -118,7 +118,78 @@ Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterVali
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
-class Config(BaseModel):
+class Settings(BaseModel):
+    """Settings that environment variables, flags or Python give: frozen, and each knows where it came from.
+
+    Raises:
+        ConfigError: listing every bad value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    _origins: dict = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, values, type(self).model_fields)) from None
+        for name in type(self).model_fields:
+            self._origins[name] = "given" if name in values else "default"
+
+    @classmethod
+    def from_env(cls, environ=None, **flags):
+        """Read the configuration from environment variables, which are the fields' names in capitals.
+
+        Args:
+            environ: a mapping, by default os.environ. Empty values count as unset; other names are ignored, unless
+                one is so like a field's that it must be meant for it.
+            **flags: values that take precedence over the environment's, the command line's.
+
+        Raises:
+            ConfigError: listing every bad value and every mistyped name.
+        """
+        environ = os.environ if environ is None else environ
+        names = {name.upper(): name for name in cls.model_fields}
+        values = {field: environ[name] for name, field in names.items() if environ.get(name, "").strip()}
+        problems = []
+        for name in sorted(set(environ) - set(names)):
+            meant = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
+            if meant and environ[name].strip():
+                problems.append(f"{name} is no setting; did you mean {meant[0]}?")
+        if "cmdline" in values:  # the post's meaning: set at all
+            values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
+        try:
+            config = cls(**{**values, **flags})
+        except ConfigError as error:
+            problems.insert(0, str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
+        for name in values:
+            config._origins[name] = f"environment ({name.upper()})"
+        for name in flags:
+            config._origins[name] = "command line"
+        return config
+
+    @property
+    def origins(self):
+        """Where each field's value came from."""
+        return dict(self._origins)
+
+    def replace(self, **changes):
+        """The same configuration with other values, which then count as given."""
+        config = type(self)(**{**self.model_dump(), **changes})
+        config._origins.update({**self._origins, **dict.fromkeys(changes, "given")})
+        return config
+
+    def describe(self):
+        """A line a field: its name, its value, where that came from."""
+        values = {name: "-" if value in (None, "") else str(value) for name, value in self.model_dump().items()}
+        width = max(map(len, values.values())) + 2
+        return "\n".join(f"{name.upper():<18}{value:<{width}}{self._origins[name]}" for name, value in values.items())
+
+
+class Config(Settings):
     """Everything that decides a run. `Config()` is the default recipe, `Config.from_env()` the environment's.
 
     `Config(preset="published", epochs=2)` is the post's recipe with a change; `config.origins` tells for each field
@@ -127,8 +198,6 @@ class Config(BaseModel):
     Raises:
         ConfigError: listing every bad value.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: Literal["default", "published"] = Field("default", description="published: every value as the post had it")
     dataset: str = Field(
@@ -217,16 +286,10 @@ class Config(BaseModel):
     outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")
     cmdline: bool = Field(False, description="no progress bars or widgets: one plain line an epoch")
 
-    _origins: dict = PrivateAttr(default_factory=dict)
-
     def __init__(self, **values):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(error, values)) from None
+        super().__init__(**values)
         preset = PUBLISHED if self.preset == "published" else {}
-        for name in type(self).model_fields:
-            self._origins[name] = "given" if name in values else "preset" if name in preset else "default"
+        self._origins.update({name: "preset" for name in preset if name not in values})
 
     @field_validator("resnet_depth")
     @classmethod
@@ -238,40 +301,6 @@ class Config(BaseModel):
     @classmethod
     def _apply_preset(cls, values):
         return {**PUBLISHED, **values} if values.get("preset") == "published" else values
-
-    @classmethod
-    def from_env(cls, environ=None, **flags):
-        """Read the configuration from environment variables, which are the fields' names in capitals.
-
-        Args:
-            environ: a mapping, by default os.environ. Empty values count as unset; other names are ignored, unless
-                one is so like a field's that it must be meant for it.
-            **flags: values that take precedence over the environment's, the command line's.
-
-        Raises:
-            ConfigError: listing every bad value and every mistyped name.
-        """
-        environ = os.environ if environ is None else environ
-        names = {name.upper(): name for name in cls.model_fields}
-        values = {field: environ[name] for name, field in names.items() if environ.get(name, "").strip()}
-        problems = []
-        for name in sorted(set(environ) - set(names)):
-            meant = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
-            if meant and environ[name].strip():
-                problems.append(f"{name} is no setting; did you mean {meant[0]}?")
-        if "cmdline" in values:  # the post's meaning: set at all
-            values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
-        try:
-            config = cls(**{**values, **flags})
-        except ConfigError as error:
-            problems.insert(0, str(error))
-        if problems:
-            raise ConfigError("\n".join(problems))
-        for name in values:
-            config._origins[name] = f"environment ({name.upper()})"
-        for name in flags:
-            config._origins[name] = "command line"
-        return config
 
     @classmethod
     def from_record(cls, record):
@@ -286,11 +315,6 @@ class Config(BaseModel):
         except (TypeError, KeyError, AttributeError):
             raise ConfigError("the recorded configuration lacks values or origins") from None
         return config
-
-    @property
-    def origins(self):
-        """Where each field's value came from."""
-        return dict(self._origins)
 
     @property
     def folder(self):
@@ -309,26 +333,14 @@ class Config(BaseModel):
         """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run."""
         return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
 
-    def replace(self, **changes):
-        """The same configuration with other values, which then count as given."""
-        config = type(self)(**{**self.model_dump(), **changes})
-        config._origins.update({**self._origins, **dict.fromkeys(changes, "given")})
-        return config
 
-    def describe(self):
-        """A line a field: its name, its value, where that came from."""
-        values = {name: "-" if value in (None, "") else str(value) for name, value in self.model_dump().items()}
-        width = max(map(len, values.values())) + 2
-        return "\n".join(f"{name.upper():<18}{value:<{width}}{self._origins[name]}" for name, value in values.items())
-
-
-def _explain(error, given):
+def _explain(error, given, known):
     """Put pydantic's findings into a line a field: its name, its value, what was expected."""
     lines = {}
     for finding in error.errors():
         name = str(finding["loc"][0])
         if finding["type"] == "extra_forbidden":
-            meant = difflib.get_close_matches(name, Config.model_fields, n=1)
+            meant = difflib.get_close_matches(name, known, n=1)
             lines[name] = f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else "")
             continue
         expected = finding["msg"].removeprefix("Value error, ")

@@ -51,17 +51,17 @@ def stages(config, transpose=False):
 
 
 def identity_blocks(x, count, filters, kernel_size=3, remat=False, name="blocks", **options):
-    """Apply `count` blocks whose shortcuts are their inputs: one as it is, several as a loop."""
+    """Apply `count` blocks whose shortcuts are their inputs: one as it is, several as a loop (`Repeated`)."""
     if count == 1:
         return identity_block(x, kernel_size, filters, name=name.removesuffix("s") + "2", **options)
     return Repeated(count, filters, kernel_size, remat, name=name, **options)(x) if count else x
 
 
-def plain_convolutions(x, count, filters, name="stem", momentum=0.99, **options):
-    """Apply `count` times 3×3 convolution → BN → ReLU."""
+def plain_convolutions(x, count, filters, name="stem", momentum=0.99, epsilon=1e-3, **options):
+    """Apply `count` times 3×3 convolution → BN → ReLU; further options are the convolutions'."""
     for number in range(1, count + 1):
         x = layers.Conv2D(filters, 3, padding="same", name=f"{name}{number}", **options)(x)
-        x = BatchNormalization(momentum=momentum, name=f"{name}{number}_bn")(x)
+        x = BatchNormalization(momentum=momentum, epsilon=epsilon, name=f"{name}{number}_bn")(x)
         x = layers.ReLU(name=f"{name}{number}_relu")(x)
     return x
 

@@ -1,0 +1,174 @@
+"""Residual classifiers by their papers' names, from the same blocks as the VAE.
+
+Of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), tables 1 and 6, and of "Identity
+Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027), table 4.
+"""
+
+import re
+
+import keras
+from keras import layers
+
+from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
+from resnet_vae.config import UserError
+from resnet_vae.networks import identity_blocks, plain_convolutions
+from resnet_vae.normalization import BatchNormalization
+
+IMAGENET = {  # layers → blocks a stage, of two convolutions (basic) or three (bottleneck)
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+}
+BOTTLENECK_ON_CIFAR = (164, 1001)  # these are 9n + 2 in the papers; 164 is 6n + 2 as well
+NAMES = "resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110, 1202 (6n + 2); resnet164, resnet1001 (9n + 2)"
+KERAS_EPSILON = 1.001e-5  # of keras.applications' normalisations
+
+
+def build_classifier(
+    name,
+    image_shape=(32, 32, 3),
+    classes=10,
+    order="post",
+    shortcut=None,
+    stem=None,
+    width=1.0,
+    gain=1.0,
+    learned_step=False,
+    remat=False,
+    activation="softmax",
+):
+    """Build a residual classifier: images (batch, *image_shape) → probabilities (batch, classes) in float32.
+
+    Before the last layer it averages over all positions, so that with the image shape (None, None, channels) images
+    of any size can come, and a network trained at one size runs at others.
+
+    Args:
+        name: "resnet18", 34, 50, 101 or 152: the papers' networks for ImageNet, a 7×7 convolution and a pooling first;
+            of these, 50 and more have biases, as in `keras.applications`, whose weights fit. Any other depth is of the
+            family for CIFAR, three stages of 16, 32 and 64 filters: of basic blocks where it is 6n + 2, of bottleneck
+            blocks for resnet164, resnet1001 and where it is 9n + 2 only.
+        image_shape: (height, width, channels); height and width may be None.
+        classes: number of classes.
+        order: of the blocks, "post" or "pre".
+        shortcut: where shapes change: "projection", "pool" or "pad"; "none" for the plain network of the same layers.
+            By default the papers': pad in CIFAR's basic networks, projection in the others.
+        stem: number of plain 3×3 convolutions before the first block, instead of the papers' one convolution.
+        width: multiplier of all filters.
+        gain: initial scale of each identity block's last normalisation; 0 lets blocks start as the identity.
+        learned_step: see `ResidualBlock`.
+        remat: compute what is within repeated blocks a second time for the gradient instead of keeping it.
+        activation: of the last layer; None for logits.
+
+    Raises:
+        UserError: a name that is none of these, or an unknown order or shortcut.
+    """
+    match = re.fullmatch(r"resnet(\d{1,6})", str(name))
+    depth = int(match[1]) if match else 0
+    family = IMAGENET.get(depth) or _cifar(depth)
+    if family is None:
+        raise UserError(f"the classifier is {name!r}; expected one of {NAMES}")
+    block, counts = family
+    imagenet = depth in IMAGENET
+    shortcut = shortcut or ("pad" if block == "basic" and not imagenet else "projection")
+    for word, given, known in (("order", order, ORDERS), ("shortcut", shortcut, SHORTCUTS[1:])):
+        if given not in known:
+            raise UserError(f"the {word} is {given!r}; expected one of {', '.join(known)}")
+    convolutions = {"kernel_initializer": "he_normal", "use_bias": depth >= 50 and imagenet}
+    momentum, epsilon = (0.99, KERAS_EPSILON) if imagenet else (0.9, 1e-3)
+    options = {**convolutions, "momentum": momentum, "epsilon": epsilon, "order": order, "learned_step": learned_step}
+
+    images = keras.Input(image_shape, name="image")
+    first = max(1, round((64 if imagenet else 16) * width))
+    x = images
+    if stem is not None:
+        x = plain_convolutions(x, stem, first, momentum=momentum, epsilon=epsilon, **convolutions)
+    else:
+        side, strides = (7, 2) if imagenet else (3, 1)
+        x = layers.ZeroPadding2D(side // 2, name="stem_pad")(x)
+        x = layers.Conv2D(first, side, strides, name="stem", **convolutions)(x)
+        if order == "post" or imagenet:
+            x = BatchNormalization(momentum=momentum, epsilon=epsilon, name="stem_bn")(x)
+            x = layers.ReLU(name="stem_relu")(x)
+    if imagenet:
+        x = layers.ZeroPadding2D(1, name="pool_pad")(x)
+        x = layers.MaxPooling2D(3, 2, name="pool")(x)
+    for stage, count in enumerate(counts, start=1):
+        inner = first * 2 ** (stage - 1)
+        filters = (inner, inner) if block == "basic" else (inner, inner, 4 * inner)
+        strides = (1, 1) if stage == 1 else (2, 2)
+        repeated = {"shortcut": "none" if shortcut == "none" else "identity", "gain": gain, "remat": remat, **options}
+        name = f"stage{stage}_block"
+        if strides == (1, 1) and x.shape[-1] == filters[-1]:
+            x = identity_blocks(x, count, filters, name=f"{name}s", **repeated)
+            continue
+        x = conv_block(x, 3, filters, strides, name=f"{name}1", shortcut=shortcut, gain=1.0, **options)
+        x = identity_blocks(x, count - 1, filters, name=f"{name}s", **repeated)
+    if order == "pre":
+        x = BatchNormalization(momentum=momentum, epsilon=epsilon, name="last_bn")(x)
+        x = layers.ReLU(name="last_relu")(x)
+    x = layers.GlobalAveragePooling2D(name="average")(x)
+    probabilities = layers.Dense(classes, activation=activation, dtype="float32", name="classes")(x)
+    return keras.Model(images, probabilities, name=f"resnet{depth}")
+
+
+def _cifar(depth):
+    """The kind of block and the blocks of each of the three stages, or None."""
+    basic = depth >= 8 and (depth - 2) % 6 == 0 and depth not in BOTTLENECK_ON_CIFAR
+    if basic:
+        return "basic", ((depth - 2) // 6,) * 3
+    return ("bottleneck", ((depth - 2) // 9,) * 3) if depth >= 11 and (depth - 2) % 9 == 0 else None
+
+
+def take_weights(model, application):
+    """Copy the weights of `keras.applications`' ResNet50, 101 or 152 into a classifier of the same name.
+
+    Args:
+        model: from `build_classifier`, in order post; where its number of classes is another, its last layer stays.
+        application: the Keras model, with or without its top.
+    """
+
+    def copy(layer, name):
+        layer.set_weights(application.get_layer(name).get_weights())
+
+    copy(model.get_layer("stem"), "conv1_conv")
+    copy(model.get_layer("stem_bn"), "conv1_bn")
+    for stage in range(1, 5):
+        loop = model.get_layer(f"stage{stage}_blocks")
+        repeated = loop.split()
+        for number, block in enumerate([model.get_layer(f"stage{stage}_block1"), *repeated], start=1):
+            name = f"conv{stage + 1}_block{number}"
+            for place, (convolution, normalization) in enumerate(
+                zip(block.convolutions, block.normalizations, strict=True), start=1
+            ):
+                copy(convolution, f"{name}_{place}_conv")
+                copy(normalization, f"{name}_{place}_bn")
+            if block.shortcut is not None:
+                copy(block.shortcut, f"{name}_0_conv")
+                copy(block.shortcut_bn, f"{name}_0_bn")
+        loop.join(repeated)
+    last = model.get_layer("classes")
+    if application.layers[-1].name == "predictions" and application.output_shape[-1] == last.units:
+        copy(last, "predictions")
+
+
+def load_imagenet(model):
+    """Give a resnet50, 101 or 152 the weights that Keras offers, trained on ImageNet.
+
+    They expect images as `keras.applications.resnet.preprocess_input` makes them: blue first, means subtracted.
+
+    Raises:
+        UserError: another classifier, or the weights cannot be downloaded.
+    """
+    name = model.name.replace("resnet", "ResNet")
+    if name not in ("ResNet50", "ResNet101", "ResNet152"):
+        raise UserError(f"there are no ImageNet weights for {model.name}; expected resnet50, resnet101 or resnet152")
+    try:
+        application = getattr(keras.applications, name)(weights="imagenet")
+    except Exception as error:
+        raise UserError(
+            f"the ImageNet weights of {model.name} cannot be had ({' '.join(str(error).split())[:200]}). Keras "
+            "downloads them into ~/.keras/models; without a network, bring that folder from a machine that has one"
+        ) from None
+    take_weights(model, application)

@@ -1,0 +1,96 @@
+"""The classifiers against the papers' counts and against keras.applications."""
+
+import keras
+import numpy as np
+import pytest
+
+from resnet_vae import build_classifier
+from resnet_vae.blocks import Repeated, ResidualBlock
+from resnet_vae.classifiers import load_imagenet, take_weights
+from resnet_vae.config import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def trainable(model):
+    return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("resnet20", {}, 269_722),  # the paper's 0.27 M
+        ("resnet32", {}, 464_154),
+        ("resnet44", {}, 658_586),
+        ("resnet56", {}, 853_018),
+        ("resnet110", {}, 1_727_962),
+        ("resnet1202", {}, 19_421_274),
+        ("resnet18", {"classes": 1000, "image_shape": (224, 224, 3)}, 11_689_512),
+        ("resnet34", {"classes": 1000, "image_shape": (224, 224, 3)}, 21_797_672),
+    ],
+)
+def test_parameters_are_the_papers(name, options, expected):
+    assert trainable(build_classifier(name, **options)) == expected
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet164", 1.7), ("resnet1001", 10.2)])
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_bottleneck_networks_on_cifar(name, millions, order):
+    """Layers and parameters, as in table 4 of the pre-activation paper; a thousand layers are few to trace."""
+    model = build_classifier(name, order=order)
+    assert trainable(model) == pytest.approx(millions * 1e6, rel=0.02)
+    assert len(model.layers) < 20
+    blocks = sum(
+        layer.count if isinstance(layer, Repeated) else isinstance(layer, ResidualBlock) for layer in model.layers
+    )
+    assert 3 * blocks + 2 == int(name.removeprefix("resnet"))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet152"])
+def test_counts_of_keras_applications(name):
+    theirs = getattr(keras.applications, name.replace("resnet", "ResNet"))(weights=None)
+    ours = build_classifier(name, (224, 224, 3), 1000)
+    assert (ours.count_params(), trainable(ours)) == (theirs.count_params(), trainable(theirs))
+
+
+def test_outputs_of_keras_applications_with_its_weights():
+    """ResNet50 at a small image size, random weights copied over, moving statistics and all."""
+    theirs = keras.applications.ResNet50(weights=None, input_shape=(64, 64, 3), classes=7)
+    for weight in theirs.weights:
+        if any(word in weight.path for word in ("variance", "gamma")):
+            weight.assign(RNG.uniform(0.5, 1.5, weight.shape))
+        elif any(word in weight.path for word in ("mean", "beta", "bias")):
+            weight.assign(RNG.uniform(-0.2, 0.2, weight.shape))
+    ours = build_classifier("resnet50", (64, 64, 3), 7)
+    take_weights(ours, theirs)
+    images = RNG.uniform(-1, 1, (2, 64, 64, 3)).astype("float32")
+    np.testing.assert_allclose(ours.predict(images, verbose=0), theirs.predict(images, verbose=0), rtol=1e-3, atol=1e-5)
+
+
+def test_imagenet_weights_that_cannot_be_had(monkeypatch):
+    def fail(weights):
+        raise OSError("no network")
+
+    monkeypatch.setattr(keras.applications, "ResNet50", fail)
+    model = build_classifier("resnet50", (32, 32, 3), 2, width=1 / 16)
+    with pytest.raises(UserError, match=r"weights of resnet50 cannot be had \(no network\)"):
+        load_imagenet(model)
+    with pytest.raises(UserError, match="no ImageNet weights for resnet20"):
+        load_imagenet(build_classifier("resnet20"))
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "pool", "pad", "none"])
+def test_any_image_size_and_every_shortcut(shortcut):
+    model = build_classifier("resnet8", (None, None, 1), 3, shortcut=shortcut, width=0.25, stem=2)
+    for size in (8, 12, 33):
+        probabilities = model.predict(RNG.uniform(0, 1, (2, size, size, 1)), verbose=0)
+        assert probabilities.shape == (2, 3)
+        np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "resnet19", "resnet2", "vgg16", "resnet1001x"])
+def test_names_that_are_none(name):
+    with pytest.raises(UserError, match=f"the classifier is {name!r}; expected one of resnet18"):
+        build_classifier(name)
+    with pytest.raises(UserError, match="the order is 'mid'; expected one of post, pre"):
+        build_classifier("resnet20", order="mid")
