@@ -1,0 +1,56 @@
+"""What an experiment leaves behind: its tables, its figure, its settings and what it ran on."""
+
+import csv
+import io
+from pathlib import Path
+
+import keras
+
+from resnet_vae.config import Settings
+from resnet_vae.plots import save
+from resnet_vae.records import RecordError, environment, write_json, write_text
+from resnet_vae.vae import devices
+
+
+class Experiment(Settings):
+    """What all settings of experiments have in common; OUTDIR is by default runs/ and the name of the experiment."""
+
+    outdir: str = ""
+    cmdline: bool = False
+
+    @property
+    def folder(self):
+        """Where the record goes."""
+        return Path(self.outdir or f"runs/{type(self).__name__.lower()}")
+
+
+def write_record(settings, tables, figures):
+    """Write each table as NAME.csv, each figure as NAME.png, and record.json.
+
+    Args:
+        settings: an `Experiment`.
+        tables: name → list of rows, dicts with equal keys.
+        figures: name → matplotlib Figure.
+
+    Returns:
+        The folder, a Path.
+
+    Raises:
+        RecordError: the folder cannot be written.
+    """
+    folder = settings.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in tables.items():
+            text = io.StringIO()
+            writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(folder / f"{name}.csv", text.getvalue())
+        for name, figure in figures.items():
+            save(figure, folder / f"{name}.png")
+        ran_on = environment(keras.backend.backend(), devices())
+        write_json(folder / "record.json", {"settings": settings.model_dump(mode="json"), **ran_on})
+    except OSError as error:
+        raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None
+    return folder

@@ -1,0 +1,113 @@
+"""The experiments' mathematics against automatic differentiation and SciPy."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+from resnet_vae.experiments import euler
+from resnet_vae.experiments.chain import Chain, random_chain
+from resnet_vae.experiments.euler import EulerStep, convergence
+
+RNG = np.random.default_rng(0)
+
+
+def automatic(chain, u, loss_gradient, layer):
+    """∂(loss_gradient · y[L])/∂W[layer] by TensorFlow's automatic differentiation in float64."""
+    tf = pytest.importorskip("tensorflow")
+    functions = {"tanh": tf.tanh, "sigmoid": tf.sigmoid, "relu": tf.nn.relu, "linear": tf.identity}
+    weights = [tf.constant(weight) for weight in chain.weights]
+    with tf.GradientTape() as tape:
+        tape.watch(weights[layer])
+        y = tf.constant(u, "float64")[:, None]
+        for number, weight in enumerate(weights):
+            z = weight @ y + chain.biases[number][:, None]
+            skip = 0.0
+            if chain.residual:
+                projection = chain.projections[number]
+                skip = y if projection is None else tf.constant(projection) @ y
+            y = skip + chain.steps[number] * functions[chain.activation](z)
+        loss = tf.reduce_sum(loss_gradient[:, None] * y)
+    return tape.gradient(loss, weights[layer]).numpy()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the same arithmetic on every backend")
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu", "linear"])
+def test_the_product_along_the_layers_is_the_gradient(residual, activation):
+    """Square layers, widths that change (with projections), steps that are not 1; to 1e-10."""
+    widths = [5, 5, 3, 7, 7, 2]
+    shapes = list(zip(widths[1:], widths[:-1], strict=True))
+    chain = Chain(
+        [RNG.standard_normal(shape) for shape in shapes],
+        [RNG.standard_normal(shape[0]) for shape in shapes],
+        activation,
+        residual,
+        list(RNG.uniform(0.2, 2, len(shapes))),
+        [None if shape[0] == shape[1] else RNG.standard_normal(shape) for shape in shapes],
+    )
+    u, loss_gradient = RNG.standard_normal(5), RNG.standard_normal(2)
+    for layer in range(len(shapes)):
+        expected = automatic(chain, u, loss_gradient, layer)
+        np.testing.assert_allclose(chain.weight_gradient(u, loss_gradient, layer), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_scalar_example_with_two_hidden_layers(residual):
+    """One node a layer, no biases, depth 3: the lecture notes' formula, factor by factor."""
+    w, u, slope = RNG.uniform(0.5, 1.5, 3), 0.7, 1.3
+    chain = Chain([np.array([[weight]]) for weight in w], residual=residual)
+    y0, y1, y2, _ = (float(y[0]) for y in chain.forward([u]))
+    a = [1 - np.tanh(weight * y) ** 2 for weight, y in zip(w, (y0, y1, y2), strict=True)]
+    one = 1.0 if residual else 0.0
+    expected = slope * (one + a[2] * w[2]) * (one + a[1] * w[1]) * a[0] * y0
+    assert chain.weight_gradient([u], [slope], 0)[0, 0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_vanish_and_explode_and_a_skip_connection_stops_only_the_first():
+    def first_over_last(scale, residual):
+        chain = random_chain(np.random.default_rng(1), 60, 32, scale, residual, "linear")
+        u, slope = np.ones(32) / 32, np.ones(32)
+        first, last = (np.linalg.norm(chain.weight_gradient(u, slope, layer)) for layer in (0, 59))
+        return first / np.linalg.norm(u) / (last / np.linalg.norm(chain.forward(u)[59]))
+
+    assert first_over_last(0.5, residual=False) < 1e-12
+    assert first_over_last(2.0, residual=False) > 1e12
+    assert first_over_last(0.1, residual=True) > 0.1
+    assert first_over_last(2.0, residual=True) > 1e12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_euler_steps_converge_at_order_one(seed):
+    """Half the step, half the distance from what SciPy's solver finds."""
+    rows = convergence([64, 128, 256, 512], seed=seed)
+    assert [row["order"] for row in rows[1:]] == pytest.approx([1, 1, 1], abs=0.1)
+    assert rows[-1]["error"] < 0.01
+
+
+def test_an_euler_step_is_a_layer_of_the_chain():
+    """With a projection where widths differ, and its τ trained only where asked for."""
+    step = EulerStep(3, 0.3, learned=True)
+    u = RNG.standard_normal((4, 5)).astype("float32")
+    y = keras.ops.convert_to_numpy(step(u))
+    kernel, bias, projection = (
+        np.asarray(keras.ops.convert_to_numpy(weight), "float64")
+        for weight in (step.inner.kernel, step.inner.bias, step.projection.kernel)
+    )
+    chain = Chain([kernel.T], [bias], residual=True, steps=[0.3], projections=[projection.T])
+    np.testing.assert_allclose(y, [chain.forward(row)[-1] for row in u], rtol=1e-5)
+    assert step.tau in step.trainable_weights
+    fixed = EulerStep(5, 0.3)
+    fixed.build((None, 5))
+    assert fixed.projection is None
+    assert fixed.tau in fixed.non_trainable_weights
+
+
+def test_the_euler_experiment_leaves_its_record(tmp_path):
+    folder = euler.run(euler.Euler(finest=32, layers=2, seeds=1, epochs=1, points=20, outdir=str(tmp_path / "out")))
+    assert {path.name for path in folder.iterdir()} == {"euler.csv", "spirals.csv", "euler.png", "record.json"}
+    with open(folder / "spirals.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["tau"] for row in rows] == ["fixed", "learned"]
+    assert float(rows[0]["mean_tau"]) == 0.5 != float(rows[1]["mean_tau"])
