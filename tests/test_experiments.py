@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from resnet_vae.experiments import euler
+from resnet_vae import build_classifier
+from resnet_vae.experiments import euler, gradients
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
 
@@ -105,9 +106,55 @@ def test_an_euler_step_is_a_layer_of_the_chain():
 
 
 def test_the_euler_experiment_leaves_its_record(tmp_path):
-    folder = euler.run(euler.Euler(finest=32, layers=2, seeds=1, epochs=1, points=20, outdir=str(tmp_path / "out")))
+    folder = euler.run(euler.Euler(finest=32, layers=2, seeds=1, epochs=3, points=20, outdir=str(tmp_path / "out")))
     assert {path.name for path in folder.iterdir()} == {"euler.csv", "spirals.csv", "euler.png", "record.json"}
     with open(folder / "spirals.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["tau"] for row in rows] == ["fixed", "learned"]
     assert float(rows[0]["mean_tau"]) == 0.5 != float(rows[1]["mean_tau"])
+
+
+def test_the_probe_holds_the_gradients():
+    """Against a finite difference of the loss, by a weight of a block of its own and one of a repeated block."""
+    keras.utils.set_random_seed(0)
+    model = build_classifier("resnet20", (8, 8, 1), 3, width=0.125)
+    images, labels = RNG.uniform(0, 1, (8, 8, 8, 1)).astype("float32"), np.arange(8) % 3
+    norms = gradients.of_network(model, images, labels, loss="sparse_categorical_crossentropy")
+    assert len(norms) == 18
+    assert min(norms) > 0
+    block, loop = model.get_layer("stage2_block1"), model.get_layer("stage2_blocks")
+    kernel = next(stack for stack in loop.stacks if stack.name == "conv1_kernel")
+    for variable, place in ((block.convolutions[0].kernel, (1, 1, 0, 0)), (kernel, (1, 1, 1, 0, 0))):
+        expected = model.optimizer.gradient_of(variable)[place]
+        values, losses = keras.ops.convert_to_numpy(variable).copy(), []
+        for change in (-3e-3, 3e-3):
+            changed = values.copy()
+            changed[place] += change
+            variable.assign(changed)
+            probabilities = keras.ops.convert_to_numpy(model(images, training=True)).astype("float64")
+            losses.append(-np.log(probabilities[np.arange(8), labels]).mean())
+        variable.assign(values)
+        assert (losses[1] - losses[0]) / 6e-3 == pytest.approx(expected, rel=0.03, abs=1e-4)
+
+
+def test_the_gradients_of_a_plain_vae_vanish_or_explode(tmp_path):
+    """The whole experiment at its smallest; deep plain chains and networks against residual ones."""
+    settings = gradients.Gradients(
+        depths="4,40", classifier_depths="20", vae_depths="28", width=0.0625, outdir=str(tmp_path)
+    )
+    folder = gradients.run(settings)
+    with open(folder / "gradients.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def norms(**chosen):
+        return [float(row["norm"]) for row in rows if all(row[key] == value for key, value in chosen.items())]
+
+    shrinking, growing = "chain, weights × 0.8", "chain, weights × 1.6"
+    assert (
+        norms(network=shrinking, kind="plain", depth="40")[0]
+        < 1e-2 * norms(network=shrinking, kind="plain", depth="4")[0]
+    )
+    assert norms(network=shrinking, kind="residual", depth="40")[0] > 0.1
+    assert norms(network=growing, kind="residual", depth="40")[0] > 1e2
+    assert len(norms(network="VAE", kind="plain")) == 24
+    assert (folder / "gradients.png").stat().st_size > 10_000

@@ -1,0 +1,161 @@
+"""The gradient by layer: along feed-forward chains and ResNets, in the classifier and in the VAE, plain and residual.
+
+What is measured is the norm of the loss's gradient by each weight at initialisation. In a product of L Jacobians it
+vanishes or explodes with L; a skip connection adds the identity to each factor, which stops the vanishing, not the
+exploding.
+"""
+
+from typing import Annotated
+
+import keras
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+from pydantic import BeforeValidator, Field
+
+from resnet_vae.blocks import Repeated, ResidualBlock
+from resnet_vae.classifiers import build_classifier
+from resnet_vae.config import Config
+from resnet_vae.data import load_data
+from resnet_vae.experiments.chain import random_chain
+from resnet_vae.experiments.record import Experiment, write_record
+from resnet_vae.normalization import PACKAGE
+from resnet_vae.vae import build_vae, scale
+
+
+def split(value):
+    """A text of words as a list; anything else as it is."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(split), Field(min_length=1)]
+
+
+class Gradients(Experiment):
+    """Settings of the experiment."""
+
+    dataset: str = Field("digits", description="whose images go through the classifier and the VAE")
+    depths: Numbers = Field((10, 30, 100), description="layers of the chains")
+    classifier_depths: Numbers = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
+    vae_depths: Numbers = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
+    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
+    batch_size: int = Field(32, ge=2, description="images")
+    seed: int = Field(0, ge=0, description="of the weights")
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class GradientProbe(keras.optimizers.Optimizer):
+    """An optimizer that changes nothing and keeps the last gradients, on every backend: `gradient_of(variable)`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(learning_rate=0.0, **kwargs)
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            self.kept = [self.add_variable_from_reference(variable, name="gradient") for variable in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(self.kept[self._get_variable_index(variable)], gradient)
+
+    def gradient_of(self, variable):
+        """The gradient by a variable in the last step, an array."""
+        return ops.convert_to_numpy(self.kept[self._get_variable_index(variable)])
+
+
+def kernel_gradients(model, probe):
+    """Norm of the gradient by each convolution on the main path of the blocks, from the image on.
+
+    Returns:
+        A list of rows: the part of the network, the number of the layer, the norm.
+    """
+    parts = [model.encoder, model.decoder] if hasattr(model, "encoder") else [model]
+    rows = []
+    for layer in (layer for part in parts for layer in part.layers):
+        gradients = []
+        if isinstance(layer, ResidualBlock):
+            gradients = [[probe.gradient_of(convolution.kernel)] for convolution in layer.convolutions]
+        elif isinstance(layer, Repeated):
+            kernels = [stack for stack in layer.stacks if stack.name.startswith("conv") and "kernel" in stack.name]
+            gradients = [probe.gradient_of(kernel) for kernel in kernels]
+        for block in zip(*gradients, strict=True):
+            rows += [float(np.linalg.norm(gradient)) for gradient in block]
+    return rows
+
+
+def of_network(model, *data, **compiled):
+    """Norms of the gradients in a model's first step on a batch, by `kernel_gradients`."""
+    probe = GradientProbe()
+    model.compile(probe, **compiled)
+    model.train_on_batch(*data)
+    return kernel_gradients(model, probe)
+
+
+def of_chain(depth, width, factor, residual, seed=0):
+    """Norms of the gradients by the weights of a random chain with tanh, by the product along its layers."""
+    rng = np.random.default_rng(seed)
+    chain = random_chain(rng, depth, width, factor, residual)
+    u, slope = rng.standard_normal(width), rng.standard_normal(width)
+    return [float(np.linalg.norm(chain.weight_gradient(u, slope, layer))) for layer in range(depth)]
+
+
+def measure(settings):
+    """Rows: network, kind (plain or residual), depth, layer, norm of the gradient."""
+    rows = []
+
+    def add(network, kind, depth, norms):
+        rows.extend(
+            {"network": network, "kind": kind, "depth": depth, "layer": layer, "norm": norm}
+            for layer, norm in enumerate(norms, start=1)
+        )
+
+    for factor in (0.8, 1.6):
+        for depth in settings.depths:
+            for residual in (False, True):
+                kind = "residual" if residual else "plain"
+                add(f"chain, weights × {factor}", kind, depth, of_chain(depth, 16, factor, residual, settings.seed))
+    config = Config(dataset=settings.dataset, validation="test", precision="float32")
+    images = load_data(config).train[: settings.batch_size]
+    labels = np.arange(len(images)) % 10
+    floats = ops.convert_to_numpy(scale(ops.convert_to_tensor(images)))
+    for kind, shortcut in (("plain", "none"), ("residual", None)):
+        for depth in settings.classifier_depths:
+            keras.utils.set_random_seed(settings.seed)
+            model = build_classifier(f"resnet{depth}", images.shape[1:], shortcut=shortcut, width=settings.width)
+            add("classifier", kind, depth, of_network(model, floats, labels, loss="sparse_categorical_crossentropy"))
+    for kind, shortcut in (("plain", "none"), ("residual", "projection")):
+        for depth in settings.vae_depths:
+            keras.utils.set_random_seed(settings.seed)
+            # Not the identity's initialisation, under which most gradients begin at zero.
+            options = {"initialization": "published", "latent_dim": 16, "intermediate_dim": 128, "precision": "float32"}
+            vae = build_vae(
+                Config(resnet_depth=depth, shortcut=shortcut, width=settings.width, kl_warmup_steps=0, **options),
+                images.shape[1:],
+            )
+            add("VAE", kind, depth, of_network(vae, images))
+    return rows
+
+
+def run(settings):
+    """Measure, and write gradients.csv and gradients.png into the settings' folder, which is returned."""
+    rows = measure(settings)
+    return write_record(settings, {"gradients": rows}, {"gradients": draw(rows)})
+
+
+def draw(rows):
+    """A panel a network: norm of the gradient against the place of the layer; a line a depth, plain and residual."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(3.3 * len(networks), 3.8), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        own = [row for row in rows if row["network"] == network]
+        depths = sorted({row["depth"] for row in own})
+        for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
+            for number, depth in enumerate(depths):
+                norms = [row["norm"] for row in own if row["kind"] == kind and row["depth"] == depth]
+                places = np.linspace(0, 1, len(norms))
+                alpha = 0.35 + 0.65 * (number + 1) / len(depths)
+                axes.semilogy(places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number, label=f"{kind}, {depth}")
+        axes.set(title=network, xlabel="layer, from the first (0) to the last (1)")
+        axes.legend(frameon=False, fontsize=7)
+    figure.axes[0].set_ylabel("norm of the gradient by a layer's weights")
+    return figure
