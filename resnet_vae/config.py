@@ -114,6 +114,15 @@ def _check_shape(shape):
     return shape
 
 
+AUGMENTATIONS = ("flip", "shift", "color")
+
+
+def parse_words(value):
+    """A text of words, apart by blanks or commas, as a list; anything else as it is."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+Augmentations = Annotated[tuple[Literal[AUGMENTATIONS], ...], BeforeValidator(parse_words)]
 Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
@@ -184,7 +193,7 @@ class Settings(BaseModel):
 
     def describe(self):
         """A line a field: its name, its value, where that came from."""
-        values = {name: "-" if value in (None, "") else str(value) for name, value in self.model_dump().items()}
+        values = {name: "-" if value in (None, "", ()) else str(value) for name, value in self.model_dump().items()}
         width = max(map(len, values.values())) + 2
         return "\n".join(f"{name.upper():<18}{value:<{width}}{self._origins[name]}" for name, value in values.items())
 
@@ -208,6 +217,9 @@ class Config(Settings):
     image_shape: Shape | None = Field(
         None,
         description="height, width, channels, as 64x64x3; images are brought to it (none: as the data set has them)",
+    )
+    augment: Augmentations = Field(
+        (), description="what is done to training images at random: flip, shift, color, or several of them"
     )
     validation: Literal["holdout", "test"] = Field(
         "holdout",
@@ -344,7 +356,7 @@ def _explain(error, given, known):
             lines[name] = f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else "")
             continue
         expected = finding["msg"].removeprefix("Value error, ")
-        if len(finding["loc"]) > 1:  # a part of the image shape
+        if name == "image_shape" and len(finding["loc"]) > 1:  # a part of it
             expected = "expected height, width and channels, as 32x32x3"
         lines[name] = f"{name} is {given.get(name)!r}: {expected[0].lower()}{expected[1:]}"
     return "\n".join(lines.values())

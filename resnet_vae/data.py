@@ -100,6 +100,41 @@ def entropy_floor(images):
     return float(np.bincount(images.ravel(), minlength=256) @ entropy / len(images))
 
 
+SHIFT = 4  # pixels, at most, in each direction
+COLOR = 0.2  # at most so much more or less of brightness and contrast, and of each channel
+
+
+def augment(images, words, rng):
+    """Change images at random, each in its own way, as a photograph of the same thing could differ.
+
+    Args:
+        images: uint8 (images, height, width, channels).
+        words: of "flip" (left and right, one image in two), "shift" (up to 4 pixels, black at the border) and "color"
+            (brightness, contrast and each channel, up to a fifth more or less).
+        rng: a NumPy Generator, which alone decides.
+
+    Returns:
+        A new array of the same shape and dtype, or `images` itself without any words.
+    """
+    count, height, width, channels = images.shape
+    if "flip" in words:
+        chosen = rng.random(count) < 0.5
+        images = np.where(chosen[:, None, None, None], images[:, :, ::-1], images)
+    if "shift" in words:
+        border = (SHIFT, SHIFT)
+        padded = np.pad(images, ((0, 0), border, border, (0, 0)))
+        rows, columns = rng.integers(0, 2 * SHIFT + 1, (2, count))
+        rows, columns = rows[:, None] + np.arange(height), columns[:, None] + np.arange(width)
+        images = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if "color" in words:
+        brightness, contrast = rng.uniform(1 - COLOR, 1 + COLOR, (2, count, 1, 1, 1)).astype("float32")
+        balance = rng.uniform(1 - COLOR, 1 + COLOR, (count, 1, 1, channels)).astype("float32")
+        means = images.mean((1, 2, 3), keepdims=True, dtype="float32")
+        changed = ((images - means) * contrast + means * brightness) * balance
+        images = np.clip(np.round(changed), 0, 255).astype("uint8")
+    return images
+
+
 def _hold_out(name, images, count, seed):
     """Part `count` images, chosen by seed, from the others: two views of the array, whose order is changed."""
     if count < 1:

@@ -19,7 +19,7 @@ from keras import ops
 
 from resnet_vae import checkpoints
 from resnet_vae.config import UserError
-from resnet_vae.data import entropy_floor, load_data
+from resnet_vae.data import augment, entropy_floor, load_data
 from resnet_vae.optimizer import compile_vae
 from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json, write_text
 from resnet_vae.vae import build_vae, devices, precision
@@ -64,11 +64,13 @@ class Batches(keras.utils.PyDataset):
             images come, in order.
         epoch: number of the epoch, from 0.
         skip: number of batches to leave out at the beginning.
+        augmentations: words of `resnet_vae.data.augment`, whose chances are a function of seed, epoch and batch.
     """
 
-    def __init__(self, images, batch_size, seed=None, epoch=0, skip=0):
+    def __init__(self, images, batch_size, seed=None, epoch=0, skip=0, augmentations=()):
         super().__init__()
         self.images, self.batch_size, self.skip = images, min(batch_size, len(images)), skip
+        self.seed, self.epoch, self.augmentations = seed, epoch, augmentations
         self.order = None if seed is None else np.random.default_rng((seed, epoch)).permutation(len(images))
 
     def __len__(self):
@@ -76,9 +78,12 @@ class Batches(keras.utils.PyDataset):
         return (math.ceil(count) if self.order is None else math.floor(count)) - self.skip
 
     def __getitem__(self, index):
-        start = (index + self.skip) * self.batch_size
-        chosen = slice(start, start + self.batch_size)
-        return (self.images[chosen if self.order is None else self.order[chosen]],)
+        index += self.skip
+        chosen = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        images = self.images[chosen if self.order is None else self.order[chosen]]
+        if self.augmentations:
+            images = augment(images, self.augmentations, np.random.default_rng((self.seed, self.epoch, index)))
+        return (images,)
 
 
 def without_progress(losses, patience, min_delta=0.0):
@@ -307,7 +312,8 @@ class Training(keras.callbacks.Callback):
             times = without_progress(self._losses(), PLATEAU["patience"])
             self.vae.optimizer.learning_rate = max(self.rate * PLATEAU["factor"] ** times, self.rate / 1000)
         if self.step < self.steps:
-            batches = Batches(data.train, config.batch_size, config.seed, len(self.rows), self.step)
+            epoch = len(self.rows)
+            batches = Batches(data.train, config.batch_size, config.seed, epoch, self.step, config.augment)
             self.vae.fit(batches, shuffle=False, verbose=0, callbacks=[self])
         if self.figures is None:
             self.figures = {name: float(value) for name, value in self.vae.get_metrics_result().items()}

@@ -48,6 +48,7 @@ BAD = {
     "PRESET": "postt",
     "DATASET": None,
     "IMAGE_SHAPE": "30x32x3",
+    "AUGMENT": "flip, turn",
     "VALIDATION": "train",
     "RESNET_DEPTH": "deep",
     "DECODER": "flipped",
@@ -198,5 +199,5 @@ def test_config_command_documents_every_field():
 def test_readme_has_every_field_with_its_default():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for name, field in Config.model_fields.items():
-        default = "" if field.default in (None, "") else field.default
+        default = "" if field.default in (None, "", ()) else field.default
         assert f"| `{name.upper()}` | {default} | {PUBLISHED.get(name, '')} | {field.description} |" in readme

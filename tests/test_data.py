@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from resnet_vae import Config, load_data
-from resnet_vae.data import DataError
+from resnet_vae.data import DataError, augment
 
 RNG = np.random.default_rng(0)
 
@@ -40,6 +40,35 @@ def test_digits_are_digits_and_split_without_overlap_or_copy():
     assert data.fingerprint == whole.fingerprint == load("digits", seed=1).fingerprint
     assert not np.array_equal(data.validation, load("digits", seed=1).validation)
     assert np.array_equal(data.validation, load("digits").validation)
+
+
+def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
+    images = pictures(64, 16, 8, 3)
+    images[:, :, 0] = 255  # the left column tells a flipped image
+    before = images.copy()
+    assert augment(images, (), RNG) is images
+    flipped = augment(images, ("flip",), np.random.default_rng(1))
+    turned = (flipped[:, :, -1] == 255).all((1, 2))
+    assert 16 < turned.sum() < 48
+    np.testing.assert_array_equal(flipped[turned], images[turned][:, :, ::-1])
+    np.testing.assert_array_equal(flipped[~turned], images[~turned])
+    shifted = augment(images, ("shift",), np.random.default_rng(1))
+    places = []
+    for image, moved in zip(images, shifted, strict=True):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        found = [(i, j) for i in range(9) for j in range(9) if np.array_equal(padded[i : i + 16, j : j + 8], moved)]
+        places += found[:1]
+    assert len(places) == 64
+    assert len({i for i, _ in places}) == len({j for _, j in places}) == 9
+    colored = augment(images, ("color",), np.random.default_rng(1)).astype(float)
+    ratio = colored.mean((1, 2, 3)) / images.mean((1, 2, 3))
+    assert 0.6 < ratio.min() < 0.95 < 1.05 < ratio.max() < 1.45
+    every = ("flip", "shift", "color")
+    first, again, other = (augment(images, every, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first.dtype == "uint8"
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any((1, 2, 3)).all()
+    np.testing.assert_array_equal(images, before)
 
 
 def test_folder_with_train_and_test(tmp_path):

@@ -38,6 +38,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert first != epoch(1, 0)
     assert [len(batch) for batch in first] == [4, 4]
     assert len({*first[0], *first[1]}) == 8
+    changed = [Batches(np.repeat(images, 8, 1), 4, 0, 0, skip, ("shift",)) for skip in (0, 1)]
+    np.testing.assert_array_equal(changed[0][1][0], changed[1][0][0])
     in_order = Batches(images, 4)
     assert [in_order[i][0].ravel().tolist() for i in range(len(in_order))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert np.shares_memory(in_order[0][0], images)

@@ -15,20 +15,14 @@ from pydantic import BeforeValidator, Field
 
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.classifiers import build_classifier
-from resnet_vae.config import Config
+from resnet_vae.config import Config, parse_words
 from resnet_vae.data import load_data
 from resnet_vae.experiments.chain import random_chain
 from resnet_vae.experiments.record import Experiment, write_record
 from resnet_vae.normalization import PACKAGE
 from resnet_vae.vae import build_vae, scale
 
-
-def split(value):
-    """A text of words as a list; anything else as it is."""
-    return value.replace(",", " ").split() if isinstance(value, str) else value
-
-
-Numbers = Annotated[tuple[int, ...], BeforeValidator(split), Field(min_length=1)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(parse_words), Field(min_length=1)]
 
 
 class Gradients(Experiment):
