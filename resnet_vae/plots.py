@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resnet_vae.results import POST
+from resnet_vae.results import POST, swept, told
 
 SAMPLES_SEED = 0
 
@@ -105,7 +105,8 @@ def losses_by_epoch(runs):
     for number, run in enumerate(runs):
         epochs = [row["epoch"] for row in run.history]
         color = f"C{number % 10}"
-        axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=describe(run))
+        label = ", ".join([describe(run), *_swept(run, runs)])
+        axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=label)
         axes.plot(epochs, [row["loss"] for row in run.history], "--", color=color)
     axes.plot([], [], "k.-", label="validation")
     axes.plot([], [], "k--", label="training")
@@ -121,12 +122,16 @@ def losses_by_depth(runs):
     """Draw the best epoch's losses of a sweep's runs against depth, beside the post's where the data is CIFAR-10."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
-    for number, meaning in enumerate(sorted({run.config.loss_meaning for run in runs})):
-        chosen = [run for run in runs if run.config.loss_meaning == meaning]
+    lines = {}
+    for run in runs:
+        lines.setdefault(", ".join([run.config.loss_meaning, *_swept(run, runs)]), []).append(run)
+    for number, (meaning, chosen) in enumerate(sorted(lines.items())):
         depths = [run.config.resnet_depth for run in chosen]
         for name, style in (("validation", "o-"), ("train", "s--")):
             label = f"{meaning}, {'training' if name == 'train' else name}"
-            axes.plot(depths, [run.metrics[name]["loss"] for run in chosen], style, color=f"C{number}", label=label)
+            axes.plot(
+                depths, [run.metrics[name]["loss"] for run in chosen], style, color=f"C{number % 10}", label=label
+            )
     if any("cifar10" in run.provenance["data"]["name"].lower().replace("-", "") for run in runs):
         depths = [row["depth"] for row in POST]
         axes.plot(depths, [row["val_loss"] for row in POST], "o:", color="gray", label="the post, validation: no bound")
@@ -136,6 +141,11 @@ def losses_by_depth(runs):
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def _swept(run, runs):
+    """The run's values of what was swept, as "shortcut none"."""
+    return [f"{name.replace('_', ' ')} {told(run.config.recipe()[name])}" for name in swept(runs)]
 
 
 def describe(run):

@@ -89,8 +89,30 @@ def evaluate_run(folder, dataset):
     return result
 
 
+SHOWN = {"resnet_depth", "objective", "beta", "width", "epochs"}  # settings with columns of their own
+
+
+def swept(runs):
+    """The names of the settings, beyond those always shown, in which the runs of a sweep differ."""
+    recipes = [run.config.recipe() for run in runs]
+    return [name for name in recipes[0] if name not in SHOWN and any(r[name] != recipes[0][name] for r in recipes)]
+
+
+def told(value):
+    """A setting's value for a table or a label."""
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else "" if value is None else f"{value}"
+
+
+def columns(runs):
+    """The table's columns: those of COLUMNS, with one for each setting that was swept."""
+    extra = {name: (name.replace("_", " ").capitalize(), "{}") for name in swept(runs)}
+    items = list(COLUMNS.items())
+    place = list(COLUMNS).index("parameters")
+    return dict([*items[:place], *extra.items(), *items[place:]])
+
+
 def table_rows(runs):
-    """A row for each run and for each of the post's: dicts by the names of COLUMNS, None where there is no figure.
+    """A row for each run and for each of the post's: dicts by the names of `columns`, None where there is no figure.
 
     Training loss, validation loss, reconstruction and KL are those of the epoch with the lowest validation loss; the
     excess is the validation's reconstruction less the Bernoulli entropy floor of the validation images.
@@ -104,6 +126,7 @@ def table_rows(runs):
                 "depth": run.config.resnet_depth,
                 "objective": run.config.objective + (f", beta {run.config.beta:g}" if run.config.beta != 1 else ""),
                 "width": run.config.width,
+                **{name: told(run.config.recipe()[name]) for name in swept(runs)},
                 "parameters": metrics["parameters"],
                 "epochs": metrics["epochs"],
                 "hours": metrics["hours"],
@@ -116,47 +139,49 @@ def table_rows(runs):
             }
         )
     post = {"run": "the post's", "objective": "published", "width": 1.0}
-    return rows + [{**dict.fromkeys(COLUMNS), **post, **row} for row in POST]
+    return rows + [{**dict.fromkeys(columns(runs)), **post, **row} for row in POST]
 
 
 def notes(runs):
     """What a reader of the table must know, a sentence each."""
-    told = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
+    remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
     for name in sorted({run.provenance["data"]["name"] for run in runs}):
-        told.append(
+        remarks.append(
             f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them."
         )
     if any(run.config.validation == "test" for run in runs):
-        told.append("VALIDATION=test: the test images were the validation images, as in the post, and chose the epoch.")
-    told.append(
+        remarks.append(
+            "VALIDATION=test: the test images were the validation images, as in the post, and chose the epoch."
+        )
+    remarks.append(
         "Objective published: the post's, whose sampler takes exp(log-variance) for the standard deviation while its "
         "KL takes it for the variance. It is no bound on the likelihood and must not be compared with elbo."
     )
     if any(run.config.beta != 1 for run in runs):
-        told.append("Where beta is not 1, the loss is no bound.")
-    return told
+        remarks.append("Where beta is not 1, the loss is no bound.")
+    return remarks
 
 
 def tables(folder):
     """The table of the runs below a folder: file name → text; the same runs give the same text."""
     runs = read_sweep(folder)
-    rows, told = table_rows(runs), notes(runs)
-    cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in COLUMNS.items()] for row in rows]
-    headings = [heading for heading, _ in COLUMNS.values()]
+    rows, remarks, shown = table_rows(runs), notes(runs), columns(runs)
+    cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in shown.items()] for row in rows]
+    headings = [heading for heading, _ in shown.values()]
 
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *([_escape(c, MARKDOWN) for c in r] for r in cells)]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
-    markdown += "".join(f"- {_escape(note, MARKDOWN)}\n" for note in told)
+    markdown += "".join(f"- {_escape(note, MARKDOWN)}\n" for note in remarks)
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([["" if row[n] is None else row[n] for n in COLUMNS] for row in rows])
+    writer.writerow(shown)
+    writer.writerows([["" if row[n] is None else row[n] for n in shown] for row in rows])
 
     latex = "\\begin{tabular}{l" + "r" * (len(headings) - 1) + "}\n\\hline\n"
     for number, line in enumerate([headings, *cells]):
         latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
-    latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in told)
+    latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in remarks)
 
     return {"table.md": markdown, "table.csv": text.getvalue(), "table.tex": latex}
 

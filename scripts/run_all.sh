@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The depth sweep: [DEPTHS="28 40 70 100"] [RUNNER=notebook|command] run_all.sh [FOLDER]
+# A sweep: [DEPTHS="28 40 70 100"] [SWEEP="NAME …"] [RUNNER=notebook|command] run_all.sh [FOLDER]
 #
 # Trains one VAE a depth, each in a folder of its own below FOLDER (default runs/sweep), by executing the notebook, or
-# by the command line where there is no Jupyter. Every setting is an environment variable. A finished run with the
-# same settings is skipped; one that fails does not stop the others. At the end the table and the figures are made
-# anew. Exit code: 0 if all runs are finished, 1 if not, 130 or 143 when interrupted.
+# by the command line where there is no Jupyter. Every setting is an environment variable; DEPTHS="28:20 100:8" gives a
+# depth its own EPOCHS. SWEEP names other variables to sweep, each of which then holds a list, and one VAE is trained
+# for every combination: SWEEP="SHORTCUT DEPTHS" SHORTCUT="projection none" DEPTHS="28 100". A finished run with the
+# same settings is skipped, an unfinished one is gone on with; one that fails does not stop the others. At the end the
+# table and the figures are made anew. Exit code: 0 if all runs are finished, 1 if not, 130 or 143 when interrupted.
 set -uo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -31,35 +33,62 @@ interrupted() { # stop the run that is going on, then stop
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-failed=() epochs=${EPOCHS:-}
-for entry in ${DEPTHS:-28 40 70 100}; do
-  depth=${entry%%:*}
-  case $entry in *:*) export EPOCHS=${entry#*:} ;; *) export EPOCHS=$epochs ;; esac
-  export RESNET_DEPTH=$depth OUTDIR=$sweep/depth-$depth
-  "$PYTHON" -m resnet_vae finished
+DEPTHS=${DEPTHS:-28 40 70 100}
+combinations=("")
+for variable in ${SWEEP:-DEPTHS}; do
+  if [ -z "${!variable:-}" ]; then
+    echo "error: SWEEP names $variable, which is not set; expected a list, as $variable=\"a b\"" >&2
+    exit 2
+  fi
+  extended=()
+  for combination in "${combinations[@]}"; do
+    for value in ${!variable}; do
+      setting=$variable=$value
+      if [ "$variable" = DEPTHS ]; then
+        setting=RESNET_DEPTH=${value%%:*}
+        case $value in *:*) setting+=" EPOCHS=${value#*:}" ;; esac
+      fi
+      extended+=("$combination $setting")
+    done
+  done
+  combinations=("${extended[@]}")
+done
+
+failed=()
+for combination in "${combinations[@]}"; do
+  read -ra settings <<< "$combination"
+  name=
+  for setting in "${settings[@]}"; do
+    part=${setting%%=*} value=${setting#*=}
+    [ "$part" = EPOCHS ] && [ "${SWEEP:-DEPTHS}" = "${SWEEP#*EPOCHS}" ] && continue # a depth's own
+    part=${part#RESNET_}
+    name+=${name:+_}${part,,}-${value//\//-}
+  done
+  settings+=("OUTDIR=$sweep/$name")
+  env "${settings[@]}" "$PYTHON" -m resnet_vae finished
   case $? in
     0)
-      echo "depth $depth: finished already, in $OUTDIR"
+      echo "$name: finished already, in $sweep/$name"
       continue
       ;;
     3) ;;
     *)
-      failed+=("$depth")
+      failed+=("$name")
       continue
       ;;
   esac
-  echo "depth $depth: training in $OUTDIR"
+  echo "$name: training in $sweep/$name"
   if [ "$RUNNER" = notebook ]; then
-    "$scripts/run_notebook.sh" "$scripts/../notebooks/resnet_vae.ipynb" "$OUTDIR" &
+    env "${settings[@]}" "$scripts/run_notebook.sh" "$scripts/../notebooks/resnet_vae.ipynb" "$sweep/$name" &
   else
-    "$PYTHON" -m resnet_vae train &
+    env "${settings[@]}" "$PYTHON" -m resnet_vae train &
   fi
   child=$!
   wait "$child"
   case $? in
     0) ;;
-    4) failed+=("$depth (in work elsewhere)") ;;
-    *) failed+=("$depth") ;;
+    4) failed+=("$name (in work elsewhere)") ;;
+    *) failed+=("$name") ;;
   esac
   child=
 done

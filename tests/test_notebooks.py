@@ -64,7 +64,7 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
 
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
-    assert "depth 28: finished already" in done.stdout
+    assert "depth-28: finished already" in done.stdout
     assert "going on in epoch" in done.stdout
     assert len((sweep / "depth-34" / "history.csv").read_text().splitlines()) == 1 + 3
     assert (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns == first
@@ -95,22 +95,31 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
 
 
 def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
-    """A depth that cannot be, and one with a number of epochs of its own."""
+    """A depth that cannot be, and one with a number of epochs of its own; the sweep of another setting, too."""
     done = subprocess.run(
         [HOME / "scripts" / "run_all.sh", "sweep"],
         cwd=tmp_path,
-        env=environment(depths="29:1 28:2", runner="command"),
+        env=environment(sweep="DECODER DEPTHS", decoder="mirrored", depths="29:1 28:2", runner="command"),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
     assert "the nearest are 28 and 34" in done.stderr
-    assert "not finished: 29" in done.stderr
-    assert "| depth-28 | 28 |" in done.stdout
-    assert len((tmp_path / "sweep" / "depth-28" / "history.csv").read_text().splitlines()) == 1 + 2
-    assert (tmp_path / "sweep" / "depth-28" / "samples.png").exists()
+    assert "not finished: decoder-mirrored_depth-29" in done.stderr
+    assert "| decoder-mirrored_depth-28 | 28 |" in done.stdout
+    run = tmp_path / "sweep" / "decoder-mirrored_depth-28"
+    assert len((run / "history.csv").read_text().splitlines()) == 1 + 2
+    assert (run / "samples.png").exists()
     assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [HOME / "scripts" / "run_all.sh", tmp_path / "none"],
+        env=environment(sweep="SHORTCUT"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "SWEEP names SHORTCUT, which is not set" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from resnet_vae import Config
 from resnet_vae.config import UserError
+from resnet_vae.plots import of_sweep
 from resnet_vae.records import FIGURES, read_sweep
 from resnet_vae.results import table_rows, write_table
 from resnet_vae.verify import verify
@@ -47,9 +48,9 @@ def write_run(folder, depth, loss, name="cifar10", **settings):
 
 @pytest.fixture
 def sweep(tmp_path):
-    write_run(tmp_path / "depth-40", 40, 1840.0)
+    write_run(tmp_path / "depth-40", 40, 1840.0, validation="test")
     write_run(tmp_path / "depth-28", 28, 1850.0, validation="test")
-    write_run(tmp_path / "post_28", 28, 1800.25, name="a_b<|$%\\", objective="published", beta=0.5)
+    write_run(tmp_path / "post_28", 28, 1800.25, name="a_b<|$%\\", objective="published", beta=0.5, validation="test")
     (tmp_path / "unfinished").mkdir()
     return tmp_path
 
@@ -75,6 +76,21 @@ def test_table_is_the_runs_beside_the_posts_rows(sweep):
     latex = (sweep / "table.tex").read_text()
     assert r"post\_28 & 28 & published, beta 0.5 & 1 & 1,234,567" in latex
     assert latex.count("\\\\\n") == 1 + len(table_rows(read_sweep(sweep)))
+
+
+def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
+    for number, (shortcut, augment) in enumerate([("projection", ("flip", "shift")), ("none", ())]):
+        for depth in (28, 100):
+            write_run(tmp_path / f"{shortcut}-{depth}", depth, 1850.0 + number, shortcut=shortcut, augment=augment)
+    header, _, first, *_ = write_table(tmp_path).splitlines()
+    assert "| Width | Augment | Shortcut | Parameters |" in header
+    assert first.startswith("| none-28 | 28 | elbo | 1 | none | none | 1,234,567 |")
+    figures = of_sweep(read_sweep(tmp_path))
+    labels = [line.get_label() for line in figures["losses_by_depth"].axes[0].get_lines()]
+    assert "negative ELBO, augment flip shift, shortcut projection, validation" in labels
+    assert len(labels) == 4 + 2
+    labels = [line.get_label() for line in figures["losses_by_epoch"].axes[0].get_lines()]
+    assert "depth 100, elbo, augment none, shortcut none" in labels
 
 
 def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
