@@ -1,13 +1,11 @@
 """The experiments' mathematics against automatic differentiation and SciPy."""
 
-import csv
-
 import keras
 import numpy as np
 import pytest
 
 from resnet_vae import build_classifier
-from resnet_vae.experiments import euler, gradients
+from resnet_vae.experiments import gradients
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
 
@@ -105,15 +103,6 @@ def test_an_euler_step_is_a_layer_of_the_chain():
     assert fixed.tau in fixed.non_trainable_weights
 
 
-def test_the_euler_experiment_leaves_its_record(tmp_path):
-    folder = euler.run(euler.Euler(finest=32, layers=2, seeds=1, epochs=3, points=20, outdir=str(tmp_path / "out")))
-    assert {path.name for path in folder.iterdir()} == {"euler.csv", "spirals.csv", "euler.png", "record.json"}
-    with open(folder / "spirals.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["tau"] for row in rows] == ["fixed", "learned"]
-    assert float(rows[0]["mean_tau"]) == 0.5 != float(rows[1]["mean_tau"])
-
-
 def test_the_probe_holds_the_gradients():
     """Against a finite difference of the loss, by a weight of a block of its own and one of a repeated block."""
     keras.utils.set_random_seed(0)
@@ -135,26 +124,3 @@ def test_the_probe_holds_the_gradients():
             losses.append(-np.log(probabilities[np.arange(8), labels]).mean())
         variable.assign(values)
         assert (losses[1] - losses[0]) / 6e-3 == pytest.approx(expected, rel=0.03, abs=1e-4)
-
-
-def test_the_gradients_of_a_plain_vae_vanish_or_explode(tmp_path):
-    """The whole experiment at its smallest; deep plain chains and networks against residual ones."""
-    settings = gradients.Gradients(
-        depths="4,40", classifier_depths="20", vae_depths="28", width=0.0625, outdir=str(tmp_path)
-    )
-    folder = gradients.run(settings)
-    with open(folder / "gradients.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def norms(**chosen):
-        return [float(row["norm"]) for row in rows if all(row[key] == value for key, value in chosen.items())]
-
-    shrinking, growing = "chain, weights × 0.8", "chain, weights × 1.6"
-    assert (
-        norms(network=shrinking, kind="plain", depth="40")[0]
-        < 1e-2 * norms(network=shrinking, kind="plain", depth="4")[0]
-    )
-    assert norms(network=shrinking, kind="residual", depth="40")[0] > 0.1
-    assert norms(network=growing, kind="residual", depth="40")[0] > 1e2
-    assert len(norms(network="VAE", kind="plain")) == 24
-    assert (folder / "gradients.png").stat().st_size > 10_000

@@ -1,5 +1,7 @@
 """The notebooks and the sweep, headlessly, as a person runs them."""
 
+import csv
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras
 import nbformat
 import pytest
 from conftest import TINY
@@ -21,7 +24,7 @@ def environment(**settings):
 
 
 def test_notebooks_are_committed_without_outputs():
-    assert len(NOTEBOOKS) == 2
+    assert len(NOTEBOOKS) == 4
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
             assert not cell.get("outputs")
@@ -120,6 +123,57 @@ def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
         check=False,
     )
     assert (done.returncode, "SWEEP names SHORTCUT, which is not set" in done.stderr) == (2, True)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run_experiment(name, folder, **settings):
+    """Execute an experiment's notebook at a small size; its pictures and its record must be there."""
+    done = subprocess.run(
+        [HOME / "scripts" / "run_notebook.sh", HOME / "notebooks" / f"{name}.ipynb", folder],
+        env=os.environ | {"PYTHON": sys.executable} | {key.upper(): str(value) for key, value in settings.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert json.loads((folder / "record.json").read_text())["versions"]["keras"]
+    return read_csv(folder / f"{name}.csv")
+
+
+SLOW = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="nothing in it depends on the backend")
+
+
+@SLOW
+def test_notebook_of_euler_steps(tmp_path):
+    rows = run_experiment("euler", tmp_path, finest=64, layers=2, repetitions=1, epochs=3, points=20)
+    assert float(rows[-1]["order"]) == pytest.approx(1, abs=0.1)
+    fixed, learned = read_csv(tmp_path / "spirals.csv")
+    assert (fixed["tau"], learned["tau"]) == ("fixed", "learned")
+    assert float(fixed["mean_tau"]) == 0.5 != float(learned["mean_tau"])
+
+
+@SLOW
+def test_notebook_of_gradients(tmp_path):
+    """Deep plain chains against residual ones; the networks' layers are all there."""
+    rows = run_experiment(
+        "gradients", tmp_path, depths="4,40", classifier_depths="20", vae_depths="28", width=0.0625, batch_size=4
+    )
+
+    def norms(**chosen):
+        return [float(row["norm"]) for row in rows if all(row[key] == value for key, value in chosen.items())]
+
+    shrinking, growing = "chain, weights × 0.8", "chain, weights × 1.6"
+    plain = {depth: norms(network=shrinking, kind="plain", depth=depth)[0] for depth in ("4", "40")}
+    assert plain["40"] < 1e-2 * plain["4"]
+    assert norms(network=shrinking, kind="residual", depth="40")[0] > 0.1
+    assert norms(network=growing, kind="residual", depth="40")[0] > 1e2
+    assert len(norms(network="VAE", kind="plain")) == len(norms(network="VAE", kind="residual")) == 24
+    assert len(norms(network="classifier", kind="residual")) == 18
 
 
 @pytest.mark.parametrize(

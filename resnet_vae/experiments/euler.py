@@ -22,7 +22,7 @@ class Euler(Experiment):
     finest: int = Field(512, ge=16, le=2**16, description="layers of the deepest chain; each has twice the last one's")
     width: int = Field(8, ge=1, le=1024, description="of the vectors")
     layers: int = Field(8, ge=1, le=1024, description="layers of the trained networks")
-    seeds: int = Field(5, ge=1, description="trained networks of each kind")
+    repetitions: int = Field(5, ge=1, description="trained networks of each kind, a seed each")
     epochs: int = Field(60, ge=1, description="passes over the training points")
     points: int = Field(600, ge=10, description="training points of the two spirals, and as many to test on")
 
@@ -135,7 +135,9 @@ def run(settings):
     while counts[-1] * 2 <= settings.finest:
         counts.append(counts[-1] * 2)
     rows = convergence(counts, settings.width)
-    trained = [train_on_spirals(settings, seed, learned) for seed in range(settings.seeds) for learned in (False, True)]
+    trained = [
+        train_on_spirals(settings, seed, learned) for seed in range(settings.repetitions) for learned in (False, True)
+    ]
     return write_record(settings, {"euler": rows, "spirals": trained}, {"euler": draw(rows, trained)})
 
 
