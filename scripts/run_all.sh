@@ -33,9 +33,9 @@ interrupted() { # stop the run that is going on, then stop
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-DEPTHS=${DEPTHS:-28 40 70 100}
+DEPTHS=${DEPTHS:-28 40 70 100} SWEEP=${SWEEP:-DEPTHS}
 combinations=("")
-for variable in ${SWEEP:-DEPTHS}; do
+for variable in $SWEEP; do
   if [ -z "${!variable:-}" ]; then
     echo "error: SWEEP names $variable, which is not set; expected a list, as $variable=\"a b\"" >&2
     exit 2
@@ -60,7 +60,7 @@ for combination in "${combinations[@]}"; do
   name=
   for setting in "${settings[@]}"; do
     part=${setting%%=*} value=${setting#*=}
-    [ "$part" = EPOCHS ] && [ "${SWEEP:-DEPTHS}" = "${SWEEP#*EPOCHS}" ] && continue # a depth's own
+    [ "$part" = EPOCHS ] && [ "$SWEEP" = "${SWEEP#*EPOCHS}" ] && continue # a depth's own
     part=${part#RESNET_}
     name+=${name:+_}${part,,}-${value//\//-}
   done

@@ -52,6 +52,7 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
         deadline = time.monotonic() + 400
         while "epoch 1/3  loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            assert running.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)  # a SIGINT is ignored where the tests run in a shell's background
         assert running.wait(60) == 143
