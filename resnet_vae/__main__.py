@@ -60,10 +60,14 @@ def _config(arguments):
 
 
 def _train(arguments):
-    config = _configuration(arguments)  # before anything large is imported
+    from resnet_vae.data import load_data
+    from resnet_vae.records import is_finished
+
+    config = _configuration(arguments)
+    data = None if is_finished(config) else load_data(config)  # a mistake is told before anything large is imported
     from resnet_vae.training import train
 
-    folder = train(config)
+    folder = train(config, data)
     _draw_run(folder)
     print(f"run: {folder}")
 

@@ -187,6 +187,18 @@ def test_command_line_tells_mistakes_quickly(command):
     assert "Traceback" not in done.stderr
 
 
+def test_data_that_is_not_there_is_told_before_a_backend_is_imported():
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", "train", "--dataset", "no-such-data"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.perf_counter() - began < 2
+    assert (done.returncode, "neither one of digits" in done.stderr) == (2, True)
+
+
 def test_config_command_documents_every_field():
     done = subprocess.run(
         [sys.executable, "-m", "resnet_vae", "config"], capture_output=True, text=True, check=True, env=os.environ
