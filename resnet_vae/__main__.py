@@ -56,7 +56,7 @@ def _config(arguments):
     print(config.describe())
     print()
     for name, field in Config.model_fields.items():
-        print(f"{name.upper():<18}{field.description}")
+        print(f"{name.upper():<20}{field.description}")
 
 
 def _train(arguments):

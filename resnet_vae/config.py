@@ -194,8 +194,8 @@ class Settings(BaseModel):
     def describe(self):
         """A line a field: its name, its value, where that came from."""
         values = {name: "-" if value in (None, "", ()) else str(value) for name, value in self.model_dump().items()}
-        width = max(map(len, values.values())) + 2
-        return "\n".join(f"{name.upper():<18}{value:<{width}}{self._origins[name]}" for name, value in values.items())
+        width, label = (max(map(len, texts)) + 2 for texts in (values.values(), values))
+        return "\n".join(f"{n.upper():<{label}}{value:<{width}}{self._origins[n]}" for n, value in values.items())
 
 
 class Config(Settings):

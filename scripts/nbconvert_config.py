@@ -1,10 +1,8 @@
 """nbconvert's configuration: show a notebook's output as it comes, and keep one that fails or is stopped."""
 
-import asyncio
 import os
 import signal
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import nbformat
@@ -21,20 +19,17 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
 
     stopped_by = None
 
-    @asynccontextmanager
-    async def async_setup_kernel(self, **kwargs):
-        async with super().async_setup_kernel(**kwargs):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_event_loop().add_signal_handler(number, self._stop, number)
-            yield
-
-    def _stop(self, number):
+    def _stop(self, number, frame):
+        if self.km is None or not self.km.has_kernel:
+            sys.exit(128 + number)
         if self.stopped_by is None:  # from a terminal it comes twice, from there and from run_all.sh
             self.stopped_by = number
-            self.interrupting = asyncio.ensure_future(self.km.interrupt_kernel())
+            os.kill(self.km.provisioner.pid, signal.SIGINT)
 
     def preprocess(self, nb, resources=None, km=None):
         resources["metadata"]["path"] = os.getcwd()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
         try:
             return super().preprocess(nb, resources, km)
         except BaseException as error:
