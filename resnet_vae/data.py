@@ -36,7 +36,9 @@ class Data:
     """A data set split for training: uint8 arrays of grey levels, (images, height, width, channels).
 
     `validation` is a part of the original training images, or the test images themselves, by config.validation.
-    `fingerprint` is a SHA-256 over all the images before the split.
+    `fingerprint` is a SHA-256 over all the images before the split. `labels` are three arrays of class numbers,
+    (images,), for train, validation and test, or None where there are none that can be used; `no_labels` then says why.
+    `classes` are the classes' names.
     """
 
     name: str
@@ -44,11 +46,28 @@ class Data:
     validation: np.ndarray
     test: np.ndarray
     fingerprint: str
+    labels: tuple | None = None
+    classes: tuple = ()
+    no_labels: str = ""
 
     @property
     def image_shape(self):
         """(height, width, channels)."""
         return self.train.shape[1:]
+
+
+@dataclass
+class _Part:
+    """The training or the test images as they are read: uint8 images, and what is given for their labels, or None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+    def split(self, count):
+        """The first `count` images less, and these: two views."""
+        cut = len(self.images) - count
+        labels = (None, None) if self.labels is None else (self.labels[:cut], self.labels[cut:])
+        return _Part(self.images[:cut], labels[0]), _Part(self.images[cut:], labels[1])
 
 
 def load_data(config):
@@ -61,7 +80,8 @@ def load_data(config):
         A `Data`. Without a test set of its own, a tenth of the images, chosen by seed, are the test images.
 
     Raises:
-        DataError: the data cannot be had, read, or brought to the image shape.
+        DataError: the data cannot be had, read, or brought to the image shape. Labels that cannot be used are none:
+            a VAE does not need them; see `labelled`.
     """
     name, shape = config.dataset, config.image_shape
     if name == "digits":
@@ -70,23 +90,39 @@ def load_data(config):
         train, test = _keras_dataset(name)
     else:
         train, test = _path(Path(name).expanduser(), shape)
-    if shape:
-        train, test = _resize(train, shape), None if test is None else _resize(test, shape)
-    _check(name, train, "training")
+    classes, no_labels = _number_labels(name, train, test)
+    for part in (train, test):
+        if part and shape:
+            part.images = _resize(part.images, shape)
+    _check(name, train.images, "training")
     if test is None:
-        train, test = _hold_out(name, train, len(train) // 10, config.seed)
-    _check(name, test, "test")
-    if train.shape[1:] != test.shape[1:]:
+        train, test = _hold_out(name, train, len(train.images) // 10, config.seed)
+    _check(name, test.images, "test")
+    if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(
-            f"{name}: training images are {train.shape[1:]} and test images {test.shape[1:]}; set IMAGE_SHAPE"
+            f"{name}: training images are {train.images.shape[1:]} and test images {test.images.shape[1:]}; set "
+            "IMAGE_SHAPE"
         )
-    digest = hashlib.sha256(repr((train.shape, test.shape)).encode())
-    for images in (train, test):
-        digest.update(np.ascontiguousarray(images).data)
+    digest = hashlib.sha256(repr((train.images.shape, test.images.shape)).encode())
+    for part in (train, test):
+        digest.update(np.ascontiguousarray(part.images).data)
     validation = test
     if config.validation == "holdout":
-        train, validation = _hold_out(name, train, min(HELD_OUT, len(train) // 10), config.seed)
-    return Data(Path(name).name, train, validation, test, digest.hexdigest())
+        train, validation = _hold_out(name, train, min(HELD_OUT, len(train.images) // 10), config.seed)
+    parts = (train, validation, test)
+    labels = None if no_labels else tuple(part.labels for part in parts)
+    return Data(Path(name).name, *(part.images for part in parts), digest.hexdigest(), labels, classes, no_labels)
+
+
+def labelled(data):
+    """The data itself, if it has labels.
+
+    Raises:
+        DataError: it has none, or none that can be used; the text says why.
+    """
+    if data.labels is None:
+        raise DataError(data.no_labels)
+    return data
 
 
 def entropy_floor(images):
@@ -135,15 +171,17 @@ def augment(images, words, rng):
     return images
 
 
-def _hold_out(name, images, count, seed):
-    """Part `count` images, chosen by seed, from the others: two views of the array, whose order is changed."""
+def _hold_out(name, part, count, seed):
+    """Part `count` images, chosen by seed, from the others: two views of the arrays, whose order is changed."""
     if count < 1:
-        raise DataError(f"{name}: {len(images)} images are too few to hold some out; at least 10 are needed")
-    keep = len(images) - count
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
-    early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(images)), chosen)
-    images[early], images[late] = images[late], images[early]
-    return images[:keep], images[keep:]
+        raise DataError(f"{name}: {len(part.images)} images are too few to hold some out; at least 10 are needed")
+    keep = len(part.images) - count
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(part.images))[:count])
+    early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(part.images)), chosen)
+    for array in (part.images, part.labels):
+        if array is not None:
+            array[early], array[late] = array[late], array[early]
+    return part.split(count)
 
 
 def _check(name, images, role):
@@ -185,10 +223,11 @@ def _digits():
     """scikit-learn's 1,797 handwritten digits, 8×8 enlarged to 16×16; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
-    images = np.round(load_digits().images[..., None] * (255 / 16)).astype("uint8")
-    images = _resize(images, DATASETS["digits"])
+    digits = load_digits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype("uint8")
+    images, labels = _resize(images, DATASETS["digits"]), digits.target
     test = np.arange(len(images)) % 5 == 4
-    return images[~test], images[test]
+    return _Part(images[~test], labels[~test]), _Part(images[test], labels[test])
 
 
 def _keras_dataset(name):
@@ -200,7 +239,7 @@ def _keras_dataset(name):
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{name}.lock"):
-            (train, _), (test, _) = getattr(keras.datasets, name).load_data()
+            (train, train_labels), (test, test_labels) = getattr(keras.datasets, name).load_data()
     except Exception as error:
         file, origin = ARCHIVES[name]
         raise DataError(
@@ -210,7 +249,54 @@ def _keras_dataset(name):
     if train.ndim == 3:  # MNIST's 28×28, with a border to 32×32
         border = ((0, 0), (2, 2), (2, 2))
         train, test = np.pad(train, border)[..., None], np.pad(test, border)[..., None]
-    return train, test
+    return _Part(train, train_labels), _Part(test, test_labels)
+
+
+def _number_labels(name, train, test):
+    """Bring the labels of both parts to class numbers 0, 1, 2, …, or take them away.
+
+    Returns:
+        The classes' names, and why there are no labels, or "".
+    """
+    parts = [part for part in (train, test) if part is not None]
+    try:
+        numbers, classes = _class_numbers(name, parts)
+    except DataError as error:
+        for part in parts:
+            part.labels = None
+        return (), str(error)
+    for part, labels in zip(parts, numbers, strict=True):
+        part.labels = labels
+    return classes, ""
+
+
+def _class_numbers(name, parts):
+    given = []
+    for part in parts:
+        if part.labels is None:
+            raise DataError(f"{name} has no labels; expected folders by class, or y_train (and y_test) in an .npz")
+        labels = np.asarray(part.labels)
+        labels = labels.ravel() if labels.shape == (len(part.images), 1) else labels
+        if labels.shape != (len(part.images),) or labels.dtype.kind not in "uiU":
+            raise DataError(
+                f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected a whole number for each of "
+                f"{len(part.images)} images"
+            )
+        given.append(labels)
+    first = given[0]
+    if first.dtype.kind == "U":  # names
+        classes, strange = tuple(np.unique(first).tolist()), sorted(set(given[-1]) - set(first))
+        if strange:
+            raise DataError(f"{name}: class {str(strange[0])!r} has test images and no training images")
+        return [np.searchsorted(classes, labels) for labels in given], classes
+    count = int(first.max(initial=-1)) + 1
+    low, high = (int(function(np.concatenate(given))) for function in (np.min, np.max))
+    if low < 0 or high >= count:
+        raise DataError(f"{name}: labels run from {low} to {high}, training labels to {count - 1}; expected 0, 1, 2, …")
+    missing = count - len(np.unique(first))
+    if missing:
+        raise DataError(f"{name}: training labels run to {count - 1}, but {missing} of these classes have no images")
+    return [labels.astype("int64") for labels in given], tuple(map(str, range(count)))
 
 
 def _path(path, shape):
@@ -236,6 +322,8 @@ def _npz(path):
                 for role, names in {
                     "train": ("x_train", "xtr", "train", "train_images", "images", "x", "arr_0"),
                     "test": ("x_test", "xte", "test", "test_images"),
+                    "train labels": ("y_train", "ytr", "train_labels", "labels", "y"),
+                    "test labels": ("y_test", "yte", "test_labels"),
                 }.items()
                 for name in names
                 if name in arrays.files
@@ -245,7 +333,10 @@ def _npz(path):
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
     if "train" not in found:
         raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
-    return _levels(path, found["train"]), _levels(path, found["test"]) if "test" in found else None
+    return tuple(
+        _Part(_levels(path, found[role]), found.get(f"{role} labels")) if role in found else None
+        for role in ("train", "test")
+    )
 
 
 def _memory():
@@ -293,14 +384,14 @@ def _folder(path, shape):
     if not files[0]:
         raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
     first = _read_image(files[0][0], shape)
-    arrays = []
-    for group in files:
+    read = []
+    for part, group in zip(parts, files, strict=False):
         images = np.empty((len(group), *first.shape), "uint8")
         for target, file in zip(images, group, strict=True):
-            image = _read_image(file, shape or first.shape, exact=not shape)
-            target[:] = image
-        arrays.append(images)
-    return arrays[0], arrays[1] if len(arrays) == 2 and len(arrays[1]) else None
+            target[:] = _read_image(file, shape or first.shape, exact=not shape)
+        classes = [file.relative_to(part).parts[0] for file in group if file.parent != part]
+        read.append(_Part(images, np.array(classes) if len(classes) == len(group) else None))
+    return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
 
 
 def _read_image(file, shape, exact=False):

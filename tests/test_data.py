@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from resnet_vae import Config, load_data
-from resnet_vae.data import DataError, augment
+from resnet_vae.data import DataError, augment, labelled
 
 RNG = np.random.default_rng(0)
 
@@ -69,6 +69,55 @@ def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
     np.testing.assert_array_equal(first, again)
     assert (first != other).any((1, 2, 3)).all()
     np.testing.assert_array_equal(images, before)
+
+
+def test_labels_go_with_their_images(tmp_path):
+    """Through the splits of all kinds of data sets: the label of an image is what it was."""
+    digits = load("digits")
+    whole = load("digits", validation="test")
+    known = {image.tobytes(): label for image, label in zip(whole.train, whole.labels[0], strict=True)}
+    for images, labels in ((digits.train, digits.labels[0]), (digits.validation, digits.labels[1])):
+        assert [known[image.tobytes()] for image in images] == labels.tolist()
+    assert digits.classes == tuple("0123456789")
+    assert [len(labels) for labels in digits.labels] == [1295, 143, 359]
+    images = pictures(40, 8, 8, 1)
+    images[:, 0, 0, 0] = np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", images=images, y=np.arange(40)[:, None] % 2)
+    write_folder(tmp_path / "set", images)
+    for path, classes in ((tmp_path / "a.npz", ("0", "1")), (tmp_path / "set", ("class0", "class1"))):
+        data = labelled(load(path))
+        assert data.classes == classes
+        for part, labels in zip((data.train, data.validation, data.test), data.labels, strict=True):
+            assert part[:, 0, 0, 0].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (None, "has no labels"),
+        ({"y_train": np.arange(19)}, "labels are int64 of shape"),
+        ({"y_train": np.ones(20)}, "labels are float64"),
+        ({"y_train": np.arange(20) - 1}, "run from -1 to 18"),
+        ({"y_train": np.arange(20) * 2}, "training labels run to 38, but 19 of these classes have no images"),
+        ({"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8), "y_test": np.array([0, 3])}, "run from 0 to 3"),
+        ({"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8)}, "has no labels"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told_only_to_who_needs_them(tmp_path, labels, told):
+    np.savez(tmp_path / "a.npz", x_train=pictures(20, 8, 8), **(labels or {}))
+    data = load(tmp_path / "a.npz")
+    assert data.labels is None
+    with pytest.raises(DataError, match=told):
+        labelled(data)
+
+
+def test_a_class_with_test_images_only(tmp_path):
+    write_folder(tmp_path / "train", pictures(20, 8, 8, 3))
+    write_folder(tmp_path / "test", pictures(4, 8, 8, 3))
+    (tmp_path / "test" / "class1").rename(tmp_path / "test" / "other")
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(DataError, match="class 'other' has test images and no training images"):
+        labelled(load(tmp_path))
 
 
 def test_folder_with_train_and_test(tmp_path):
