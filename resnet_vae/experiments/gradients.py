@@ -5,24 +5,20 @@ vanishes or explodes with L; a skip connection adds the identity to each factor,
 exploding.
 """
 
-from typing import Annotated
-
 import keras
 import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.classifiers import build_classifier
-from resnet_vae.config import Config, parse_words
+from resnet_vae.config import Config
 from resnet_vae.data import load_data
 from resnet_vae.experiments.chain import random_chain
-from resnet_vae.experiments.record import Experiment, write_record
+from resnet_vae.experiments.record import Experiment, Numbers, write_record
 from resnet_vae.normalization import PACKAGE
 from resnet_vae.vae import build_vae, scale
-
-Numbers = Annotated[tuple[int, ...], BeforeValidator(parse_words), Field(min_length=1)]
 
 
 class Gradients(Experiment):

@@ -3,13 +3,17 @@
 import csv
 import io
 from pathlib import Path
+from typing import Annotated
 
 import keras
+from pydantic import BeforeValidator, Field
 
-from resnet_vae.config import Settings
+from resnet_vae.config import Settings, parse_words
 from resnet_vae.plots import save
 from resnet_vae.records import RecordError, environment, write_json, write_text
 from resnet_vae.vae import devices
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(parse_words), Field(min_length=1)]  # as "20 56" or 20,56
 
 
 class Experiment(Settings):
