@@ -111,8 +111,12 @@ def differences(folder, other):
     return sorted(
         name
         for name in first.keys() | second.keys()
-        if name not in first or name not in second or not np.array_equal(first[name], second[name], equal_nan=True)
+        if name not in first or name not in second or not _equal(first[name], second[name])
     )
+
+
+def _equal(first, second):
+    return np.array_equal(first, second, equal_nan=first.dtype.kind == second.dtype.kind == "f")
 
 
 def _columns(folder):

@@ -116,11 +116,11 @@ def test_the_probe_holds_the_gradients():
     for variable, place in ((block.convolutions[0].kernel, (1, 1, 0, 0)), (kernel, (1, 1, 1, 0, 0))):
         expected = model.optimizer.gradient_of(variable)[place]
         values, losses = keras.ops.convert_to_numpy(variable).copy(), []
-        for change in (-3e-3, 3e-3):
+        for change in (-1e-3, 1e-3):
             changed = values.copy()
             changed[place] += change
             variable.assign(changed)
             probabilities = keras.ops.convert_to_numpy(model(images, training=True)).astype("float64")
             losses.append(-np.log(probabilities[np.arange(8), labels]).mean())
         variable.assign(values)
-        assert (losses[1] - losses[0]) / 6e-3 == pytest.approx(expected, rel=0.03, abs=1e-4)
+        assert (losses[1] - losses[0]) / 2e-3 == pytest.approx(expected, rel=0.05, abs=3e-4)
