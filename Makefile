@@ -23,7 +23,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed ## two depths on embedded digits, through notebooks: table and pictures
-	$(RUN) DATASET=digits WIDTH=0.125 LATENT_DIM=16 INTERMEDIATE_DIM=256 EPOCHS=40 BATCH_SIZE=32 LEARNING_RATE=0.002 \
+	$(RUN) DATASET=digits WIDTH=0.125 LATENT_DIM=16 INTERMEDIATE_DIM=256 EPOCHS=30 BATCH_SIZE=32 LEARNING_RATE=0.002 \
 		DEPTHS="28 40" scripts/run_all.sh runs/demo
 	@echo "Pictures:"; ls runs/demo/*.png runs/demo/*/*.png
 

@@ -21,6 +21,11 @@ TINY = {
 }
 
 
+def once(reason):
+    """Mark a slow test of what is the same on every backend: it runs on TensorFlow."""
+    return pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason=reason)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """No setting of the caller's environment reaches a test."""

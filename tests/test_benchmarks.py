@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from conftest import once
 
 from resnet_vae import Config, build_vae
 from resnet_vae.blocks import ResidualBlock
@@ -81,6 +82,7 @@ def test_arithmetic_of_a_step():
             assert speed.training_gflop(config) == pytest.approx(gflop, abs=0.05)
 
 
+@once("the measuring is the same on every backend")
 def test_speed_is_measured(tmp_path, monkeypatch):
     """A contestant in a process of its own; the table holds what it did, and one that cannot run is told."""
     import speed

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import once
 
 from resnet_vae import build_classifier
 from resnet_vae.blocks import Repeated, ResidualBlock
@@ -46,6 +47,7 @@ def test_bottleneck_networks_on_cifar(name, millions, order):
     assert 3 * blocks + 2 == int(name.removeprefix("resnet"))
 
 
+@once("counts are the same on every backend")
 @pytest.mark.parametrize("name", ["resnet50", "resnet152"])
 def test_counts_of_keras_applications(name):
     theirs = getattr(keras.applications, name.replace("resnet", "ResNet"))(weights=None)

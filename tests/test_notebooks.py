@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import keras
 import nbformat
 import pytest
-from conftest import TINY
+from conftest import TINY, once
 
 HOME = Path(__file__).parent.parent
 NOTEBOOKS = sorted((HOME / "notebooks").glob("*.ipynb"))
@@ -43,7 +42,7 @@ def processes_with(text):
     return found
 
 
-SLOW = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="nothing in it depends on the backend")
+SLOW = once("nothing in it depends on the backend")
 
 
 @SLOW
