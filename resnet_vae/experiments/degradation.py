@@ -137,11 +137,11 @@ def draw(rows):
             own = [row for row in rows if (row["network"], row["kind"]) == (network, kind)]
             for number, depth in enumerate(sorted({row["depth"] for row in own})):
                 epochs = sorted({row["epoch"] for row in own})
-                for name, style in ((column, "--"), (f"test_{column}", "-")):
+                for name, style in ((column, ".--"), (f"test_{column}", ".-")):
                     seeds = np.array([[r[name] for r in own if (r["depth"], r["epoch"]) == (depth, e)] for e in epochs])
-                    label = f"depth {depth}" if style == "-" else None
+                    label = f"depth {depth}" if style == ".-" else None
                     axes.plot(epochs, seeds.mean(1), style, color=f"C{number}", label=label)
-                    if style == "-":
+                    if style == ".-":
                         axes.fill_between(epochs, seeds.min(1), seeds.max(1), color=f"C{number}", alpha=0.15, lw=0)
             axes.plot([], [], "k--", label="training")
             axes.set(title=f"{network}, {kind}", xlabel="epoch")
