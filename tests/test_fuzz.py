@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_results import RECORDED, write_run
+from test_results import write_run
 
 from resnet_vae import Config, load_data
 from resnet_vae.config import ConfigError, UserError
@@ -150,7 +150,6 @@ def test_an_npz_whose_header_claims_more_than_there_is(tmp_path):
         load_data(Config(dataset=str(tmp_path / "claims.npz")))
 
 
-@pytest.mark.skipif(not RECORDED, reason="nothing recorded")
 def test_the_corpus_is_read_when_it_is_whole(folders, files):
     """So that the tests above do not pass because nothing can be read at all."""
     assert tables(folders / "whole")["table.md"]

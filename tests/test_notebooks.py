@@ -42,15 +42,11 @@ def processes_with(text):
     return found
 
 
-SLOW = once("nothing in it depends on the backend")
-
-
-@SLOW
 def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
-    """Stopped in a training, it is kept as far as it came; the same command goes on; given again it trains nothing."""
-    sweep, run = tmp_path / "sweep", tmp_path / "sweep" / "depth-28"
+    """Stopped within the second depth, both are kept as far as they came; the same command trains what is missing."""
+    sweep = tmp_path / "sweep"
     command = [HOME / "scripts" / "run_all.sh", sweep]
-    options = {"cwd": tmp_path, "env": environment(depths="28:3"), "text": True}
+    options = {"cwd": tmp_path, "env": environment(depths="28 34:3"), "text": True}
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
         deadline = time.monotonic() + 400
@@ -59,26 +55,30 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)  # a SIGINT is ignored where the tests run in a shell's background
         assert running.wait(60) == 143
-    assert "interrupted; the notebook as far as it came is" in (tmp_path / "log").read_text()
-    assert not (run / "metrics.json").exists()
-    assert (run / "checkpoint").exists()
-    assert "InterruptedTrainingError" in str(nbformat.read(run / "resnet_vae.ipynb", 4).cells)
-    assert not processes_with(str(run))
+    log = (tmp_path / "log").read_text()
+    assert "epoch 1/1  loss" in log
+    assert "interrupted; the notebook as far as it came is" in log
+    assert (sweep / "depth-28" / "metrics.json").exists()
+    assert not (sweep / "depth-34" / "metrics.json").exists()
+    assert (sweep / "depth-34" / "checkpoint").exists()
+    assert "InterruptedTrainingError" in str(nbformat.read(sweep / "depth-34" / "resnet_vae.ipynb", 4).cells)
+    assert not processes_with(str(sweep / "depth-34"))
+    first = (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns
 
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stderr
+    assert "depth-28: finished already" in done.stdout
     assert "going on in epoch" in done.stdout
-    assert "| depth-28 | 28 |" in done.stdout
-    assert len((run / "history.csv").read_text().splitlines()) == 1 + 3
-    cells = nbformat.read(run / "resnet_vae.ipynb", 4).cells
-    assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
-    pictures = {"curves.png", "reconstructions.png", "samples.png", "interpolations.png"}
-    assert pictures <= {path.name for path in run.iterdir()}
+    assert len((sweep / "depth-34" / "history.csv").read_text().splitlines()) == 1 + 3
+    assert (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns == first
+    for depth in (28, 34):
+        run = sweep / f"depth-{depth}"
+        cells = nbformat.read(run / "resnet_vae.ipynb", 4).cells
+        assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
+        pictures = {"curves.png", "reconstructions.png", "samples.png", "interpolations.png"}
+        assert pictures <= {path.name for path in run.iterdir()}
+        assert f"| depth-{depth} | {depth} |" in done.stdout
     assert {"table.md", "table.csv", "table.tex", "losses_by_depth.png"} <= {path.name for path in sweep.iterdir()}
-    trained = (run / "metrics.json").stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, check=False, **options)
-    assert (done.returncode, "depth-28: finished already" in done.stdout) == (0, True)
-    assert (run / "metrics.json").stat().st_mtime_ns == trained
 
     shown = subprocess.run(
         [HOME / "scripts" / "run_notebook.sh", HOME / "notebooks" / "results.ipynb", tmp_path / "shown"],
@@ -94,10 +94,9 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
         for cell in nbformat.read(tmp_path / "shown" / "results.ipynb", 4).cells
         for output in cell.get("outputs", [])
     ]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
 
 
-@SLOW
 def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
     """A depth that cannot be, and one with a number of epochs of its own; the sweep of another setting, too."""
     done = subprocess.run(
@@ -146,7 +145,7 @@ def run_experiment(name, folder, **settings):
     return read_csv(folder / f"{name}.csv")
 
 
-@SLOW
+@once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_euler_steps(tmp_path):
     rows = run_experiment("euler", tmp_path, finest=64, layers=2, repetitions=1, epochs=3, points=20)
     assert float(rows[-1]["order"]) == pytest.approx(1, abs=0.1)
@@ -155,7 +154,7 @@ def test_notebook_of_euler_steps(tmp_path):
     assert float(fixed["mean_tau"]) == 0.5 != float(learned["mean_tau"])
 
 
-@SLOW
+@once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_gradients(tmp_path):
     """Deep plain chains against residual ones; the networks' layers are all there."""
     rows = run_experiment(

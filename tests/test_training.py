@@ -21,7 +21,7 @@ from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW, compile_vae
 from resnet_vae.records import FIGURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import PLATEAU, Batches, TrainingError, without_progress
+from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, without_progress
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -217,6 +217,16 @@ def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.count("going back to the last checkpoint") == 1
     assert run.history[0]["rollbacks"] == 1
     assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    data = load_data(Config(**TINY))
+    training = Training(Config(**TINY, cmdline=True), data, tmp_path)
+    training.step, training.figures = training.steps, dict.fromkeys(FIGURES, 1.0)  # as after an epoch's last step
+    monkeypatch.setattr("resnet_vae.training.evaluate", lambda *_: dict.fromkeys(FIGURES, float("nan")))
+    with pytest.raises(TrainingError, match="validation loss is nan in epoch 1"):
+        training.run()
+    assert not training.rows
 
 
 @pytest.mark.parametrize("seed", range(5))

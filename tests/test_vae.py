@@ -182,14 +182,10 @@ np.savez(
 """
 
 
-def test_the_classes_are_known_whichever_is_imported_first():
-    code = "import keras, resnet_vae; assert keras.saving.get_registered_object('resnet_vae>VAE')"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
-
-
-def test_a_saved_model_is_the_same_in_a_new_process(saved, images):
+@pytest.mark.parametrize("imports", ["import resnet_vae, keras", "import keras, resnet_vae"])
+def test_a_saved_model_is_the_same_in_a_new_process(saved, images, imports):
     vae, _, folder = saved
-    command = [sys.executable, "-c", LOAD.format(imports="import resnet_vae, keras"), str(folder)]
+    command = [sys.executable, "-c", LOAD.format(imports=imports), str(folder)]
     subprocess.run(command, check=True, env=os.environ, capture_output=True)
     with np.load(folder / "out.npz") as loaded:
         np.testing.assert_allclose(loaded["predicted"], vae.predict(images, verbose=0), rtol=1e-6)
@@ -318,5 +314,4 @@ def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):
     assert losses[-1] < losses[0]
     vae.save(tmp_path / "vae.keras")
     loaded = keras.saving.load_model(tmp_path / "vae.keras")
-    for weight, saved in zip(loaded.weights, vae.weights, strict=True):
-        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (weight, saved)))
+    np.testing.assert_array_equal(loaded.predict(few, verbose=0), vae.predict(few, verbose=0))
