@@ -6,7 +6,6 @@ package's batches, on the backend that KERAS_BACKEND names.
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 from resnet_vae.config import Config
-from resnet_vae.records import environment, processor_flags, write_json, write_text
+from resnet_vae.records import csv_text, environment, processor_has_bfloat16, write_json, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 CASES = {  # what is trained
@@ -236,10 +235,8 @@ def measure(case, config, names, rounds, steps):
 
 def write_rows(path, rows, columns):
     """Write rows as path.csv and path.md; columns is name in the CSV → (heading, format)."""
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    rounded = [{key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    write_text(path.with_suffix(".csv"), csv_text(rounded, columns))
     headings = [heading for heading, _ in columns.values()]
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
     lines += [[form.format(row[name]) for name, (_, form) in columns.items()] for row in rows]
@@ -286,8 +283,8 @@ def draw(rows):
 
 def contestants_here():
     """The contestants whose precision a processor here computes in, or a GPU."""
-    emulated = processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"}) and not Path("/dev/nvidia0").exists()
-    return [name for name, (_, precision) in CONTESTANTS.items() if precision == "float32" or not emulated]
+    fast = processor_has_bfloat16() or Path("/dev/nvidia0").exists()
+    return [name for name, (_, precision) in CONTESTANTS.items() if precision == "float32" or fast]
 
 
 def main(arguments=None):

@@ -68,7 +68,7 @@ def _train(arguments):
     from resnet_vae.training import train
 
     folder = train(config, data)
-    _draw_run(folder)
+    _draw_run(folder, data)
     print(f"run: {folder}")
 
 
@@ -78,13 +78,13 @@ def _finished(arguments):
     return 0 if is_finished(_configuration(arguments)) else 3
 
 
-def _draw_run(folder):
+def _draw_run(folder, data):
     from resnet_vae.data import load_data
     from resnet_vae.plots import draw_run
     from resnet_vae.results import load_run
 
     run, vae = load_run(folder)
-    for path in draw_run(run, vae, load_data(run.config).test):
+    for path in draw_run(run, vae, (data or load_data(run.config)).test):
         print(path)
 
 

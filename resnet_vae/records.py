@@ -5,6 +5,7 @@ metrics.json: a run with metrics.json is finished.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -145,6 +146,15 @@ def write_json(path, values):
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def csv_text(rows, columns):
+    """Rows, dicts, as CSV text with a heading; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row[name] for name in columns] for row in rows)
+    return text.getvalue()
+
+
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     partial = path.with_name(f"partial-{path.name}")
@@ -210,6 +220,6 @@ def _processor():
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def processor_flags():
-    """The names of the processor's extensions, as Linux tells them; none elsewhere."""
-    return set(_cpuinfo("flags", "Features").split())
+def processor_has_bfloat16():
+    """Whether the processor computes in bfloat16 (AVX512_BF16, AMX, Arm's BF16), as far as Linux tells."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo("flags", "Features").split())

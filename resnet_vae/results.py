@@ -1,13 +1,11 @@
 """From run folders to tables: reading runs back, and the results table in Markdown, CSV and LaTeX."""
 
-import csv
-import io
 import warnings
 from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
-from resnet_vae.records import read_run, read_sweep, write_json, write_text
+from resnet_vae.records import csv_text, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
 # validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
@@ -173,17 +171,12 @@ def tables(folder):
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     markdown += "".join(f"- {_escape(note, MARKDOWN)}\n" for note in remarks)
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(shown)
-    writer.writerows([["" if row[n] is None else row[n] for n in shown] for row in rows])
-
     latex = "\\begin{tabular}{l" + "r" * (len(headings) - 1) + "}\n\\hline\n"
     for number, line in enumerate([headings, *cells]):
         latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
     latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in remarks)
 
-    return {"table.md": markdown, "table.csv": text.getvalue(), "table.tex": latex}
+    return {"table.md": markdown, "table.csv": csv_text(rows, shown), "table.tex": latex}
 
 
 def write_table(folder):

@@ -1,8 +1,6 @@
 """Training: from a configuration to a run's folder, in one go or in many."""
 
-import csv
 import hashlib
-import io
 import math
 import os
 import re
@@ -21,7 +19,7 @@ from resnet_vae import checkpoints
 from resnet_vae.config import UserError
 from resnet_vae.data import augment, entropy_floor, load_data
 from resnet_vae.optimizer import compile_vae
-from resnet_vae.records import FIGURES, RecordError, environment, is_finished, write_json, write_text
+from resnet_vae.records import FIGURES, RecordError, csv_text, environment, is_finished, write_json, write_text
 from resnet_vae.vae import build_vae, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
@@ -340,12 +338,8 @@ class Training(keras.callbacks.Callback):
             )
 
     def _write_history(self):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in self.rows:
-            writer.writerow([f"{row[name]:.6g}" if isinstance(row[name], float) else row[name] for name in COLUMNS])
-        write_text(self.folder / "history.csv", text.getvalue())
+        rows = [{n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()} for row in self.rows]
+        write_text(self.folder / "history.csv", csv_text(rows, COLUMNS))
 
 
 def identity(config, data):

@@ -10,7 +10,7 @@ from keras import layers, ops
 from resnet_vae.config import DATASETS, OBJECTIVES
 from resnet_vae.networks import build_decoder, build_encoder
 from resnet_vae.normalization import PACKAGE
-from resnet_vae.records import processor_flags
+from resnet_vae.records import processor_has_bfloat16
 
 
 def reconstruction_loss(images, reconstructions):
@@ -192,7 +192,7 @@ def _computes_in_bfloat16():
         import torch
 
         return torch.cuda.get_device_capability() >= (8, 0)
-    return backend != "jax" and not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return backend != "jax" and processor_has_bfloat16()
 
 
 def scale(images):

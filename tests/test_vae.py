@@ -252,11 +252,11 @@ def test_shapes_that_cannot_be():
 
 
 def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
-    monkeypatch.setattr("resnet_vae.vae.processor_flags", lambda: {"avx512f", "avx512_bf16"})
+    monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *_: "fpu avx512f avx512_bf16")
     vae = build_vae(Config(**{**TINY, "precision": "auto"}))
     dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
     assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype
-    monkeypatch.setattr("resnet_vae.vae.processor_flags", lambda: {"avx2"})
+    monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *_: "fpu avx2")
     assert precision(Config()) == "float32"
     vae = build_vae(Config(**{**TINY, "precision": "mixed_bfloat16"}))
     mean, log_var = vae.encoder(keras.Input((16, 16, 1)))

@@ -1,7 +1,5 @@
 """What an experiment leaves behind: its tables, its figure, its settings and what it ran on."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from resnet_vae.config import Settings, parse_words
 from resnet_vae.plots import save
-from resnet_vae.records import RecordError, environment, write_json, write_text
+from resnet_vae.records import RecordError, csv_text, environment, write_json, write_text
 from resnet_vae.vae import devices
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(parse_words), Field(min_length=1)]  # as "20 56" or 20,56
@@ -46,11 +44,7 @@ def write_record(settings, tables, figures):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in tables.items():
-            text = io.StringIO()
-            writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(folder / f"{name}.csv", text.getvalue())
+            write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
         ran_on = environment(keras.backend.backend(), devices())
