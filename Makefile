@@ -31,13 +31,13 @@ table1: $(VENV)/installed ## the post's sweep: CIFAR-10, full width, four depths
 	$(RUN) DATASET=cifar10 scripts/run_all.sh runs/table1
 
 test: $(VENV)/installed-dev ## the test suite on TensorFlow
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest -n 2
 
 test-jax: $(VENV)/installed-dev ## the same tests on JAX
-	$(RUN) KERAS_BACKEND=jax $(BIN)/python -m pytest
+	$(RUN) KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2
 
 test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is installed into .venv
-	$(RUN) KERAS_BACKEND=torch $(BIN)/python -m pytest
+	$(RUN) KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; BENCH="--cases …" for a part
 	$(BIN)/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
