@@ -1,5 +1,9 @@
 import io
+import os
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -258,3 +262,60 @@ def test_mnist_gets_a_border(monkeypatch, tmp_path):
     np.testing.assert_array_equal(data.train[:, 2:-2, 2:-2, 0], images)
     assert data.image_shape == (32, 32, 1)
     assert not data.train[:, :2].any()
+
+
+COLD_START = """
+import sys, time
+from pathlib import Path
+import keras, numpy
+from resnet_vae import Config, load_data
+cache = Path(sys.argv[1]) / "datasets" / "mnist.npz"
+def download():
+    if not cache.exists():
+        with open(f"{cache}.begun", "x"):
+            time.sleep(0.5)
+        numpy.savez(cache, images=numpy.arange(20 * 28 * 28, dtype="uint8").reshape(20, 28, 28))
+        Path(f"{cache}.begun").unlink()
+        print("downloaded")
+    with numpy.load(cache) as arrays:
+        return ((arrays["images"], None), (arrays["images"], None))
+keras.datasets.mnist.load_data = download
+print(load_data(Config(dataset="mnist", validation="test")).fingerprint)
+"""
+
+
+def test_four_cold_starts_at_once_download_one_after_the_other(tmp_path):
+    """Only the first of four processes downloads; the others wait for it and read what it saved."""
+    environ = os.environ | {"KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "numpy"}
+    command = [sys.executable, "-c", COLD_START, str(tmp_path)]
+    processes = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [process.communicate()[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(len(lines) for lines in outputs) == [1, 1, 1, 2]
+    assert len({lines[-1] for lines in outputs}) == 1
+
+
+@pytest.mark.parametrize("content", [b"one changed byte", b"", None], ids=["changed", "emptied", "half a download"])
+def test_a_cached_archive_that_is_not_the_right_one(tmp_path, monkeypatch, content):
+    """It is not read; without a network the error says so, in a line, and where to put the right one."""
+    import urllib.error
+
+    from keras.src.utils import file_utils
+
+    def no_network(origin, target, *_):
+        if content is None:
+            Path(target).write_bytes(b"half")
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(file_utils, "urlretrieve", no_network)
+    monkeypatch.setattr(file_utils.config, "keras_home", lambda: str(tmp_path))  # Keras reads KERAS_HOME once
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    archive = tmp_path / "datasets" / "cifar-10-batches-py-target_archive"
+    archive.parent.mkdir()
+    if content is not None:
+        archive.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"cifar10 cannot be loaded \(.*no network.*download https.*save it as"
+    ) as error:
+        load("cifar10")
+    assert "\n" not in str(error.value)

@@ -49,6 +49,18 @@ training.Training.on_test_batch_end = terminating
 """
 
 
+NOISE_FORGOTTEN = """
+import keras
+restore = training.Training._restore
+def forgetful(self, arrays):
+    noise = self.vae.sampler.training_noise.state
+    fresh = keras.ops.convert_to_numpy(noise)
+    restore(self, arrays)
+    noise.assign(fresh)
+training.Training._restore = forgetful
+"""
+
+
 def train_in_a_process(folder, mishap="", **settings):
     settings = {
         name.upper(): str(value) for name, value in {**TINY, "cmdline": 1, "checkpoint_seconds": 0, **settings}.items()
@@ -86,6 +98,17 @@ def test_a_killed_and_terminated_training_is_the_undisturbed_one(finished_run, t
     history = (run / "history.csv").read_text()
     (run / "history.csv").write_text(history.replace("\n3,", "\n4,"))
     assert differences(run, finished_run) == ["history epoch"]
+
+
+def test_without_the_state_of_the_noise_it_is_another_training(finished_run, tmp_path):
+    """What the test above compares does see one forgotten variable."""
+    done = train_in_a_process(tmp_path, TERMINATED_WHILE_VALIDATING)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    done = train_in_a_process(tmp_path, NOISE_FORGOTTEN)
+    assert done.returncode == 0, done.stderr
+    differing = differences(tmp_path, finished_run)
+    assert "history loss" in differing
+    assert any("encoder" in name for name in differing)
 
 
 SAVER = """
