@@ -1,7 +1,7 @@
 """Residual-network variational autoencoders, swept over depth.
 
 The public names are here and are imported when first used, so that importing the package is quick and starts no
-backend: Config, build_vae, build_classifier, load_data, train, load_run.
+backend: Config, build_vae, build_classifier, load_data, train, load_run, take_over, adapt.
 """
 
 import importlib
@@ -11,10 +11,12 @@ from importlib.machinery import PathFinder
 
 _HOMES = {
     "Config": "config",
+    "adapt": "transfer",
     "build_classifier": "classifiers",
     "build_vae": "vae",
     "load_data": "data",
     "load_run": "results",
+    "take_over": "transfer",
     "train": "training",
 }
 _WITH_KERAS = (
@@ -26,7 +28,7 @@ _WITH_KERAS = (
     "blocks",
     "normalization",
 )  # the first imports the others
-__all__ = ["Config", "build_classifier", "build_vae", "load_data", "load_run", "train"]
+__all__ = ["Config", "adapt", "build_classifier", "build_vae", "load_data", "load_run", "take_over", "train"]
 __version__ = "0.1.0"
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # TensorFlow uses it unasked only on processors with AVX-512

@@ -1,0 +1,88 @@
+"""A trained network put to other use: with new labels, with another number of channels, frozen or fine-tuned.
+
+After "How transferable are features in deep neural networks?" (https://arxiv.org/abs/1411.1792).
+"""
+
+import keras
+from keras import layers, ops
+
+from resnet_vae.normalization import PACKAGE
+
+
+def take_over(target, source):
+    """Copy a trained network's weights into one that was built for other images or other labels.
+
+    The first layer's kernels may have another number of channels: theirs are then the mean over the source's channels,
+    scaled so that a picture whose channels are all equal gives what it gave before. The last layer, where it has
+    another number of classes, keeps the weights it has.
+
+    Args:
+        target: a classifier or an encoder.
+        source: of the same architecture but for channels of the images and number of classes.
+
+    Returns:
+        The paths of the target's weights that were not copied as they are.
+
+    Raises:
+        ValueError: the networks differ in more than that.
+    """
+    if len(target.weights) != len(source.weights):
+        raise ValueError(
+            f"{target.name} has {len(target.weights)} weights and {source.name} {len(source.weights)}; they must be "
+            "the same network but for the images' channels and the number of classes"
+        )
+    channels = target.input_shape[-1], source.input_shape[-1]
+    changed, values = [], []
+    for ours, theirs in zip(target.weights, source.weights, strict=True):
+        value = ops.convert_to_numpy(theirs)
+        if ours.shape != theirs.shape:
+            changed.append(ours.path)
+            if len(ours.shape) == 4 and (ours.shape[2], theirs.shape[2]) == channels:
+                value = (value.sum(2, keepdims=True) / channels[0]).repeat(channels[0], axis=2)
+            elif ours.path.split("/")[-2] == target.layers[-1].name:
+                value = ops.convert_to_numpy(ours)
+            if ours.shape != value.shape:
+                raise ValueError(
+                    f"{ours.path} has shape {tuple(ours.shape)} in {target.name} and {tuple(theirs.shape)} in "
+                    f"{source.name}; they must be the same network but for the images' channels and number of classes"
+                )
+        values.append(value)
+    for ours, value in zip(target.weights, values, strict=True):
+        ours.assign(value)
+    return changed
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Features(keras.Model):
+    """A functional Model that computes in training what it computes otherwise: normalisations use what they learned.
+
+    Keras passes the `training` of the outer model on, also where a model was called with training=False.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(inputs, training=False, mask=mask)
+
+
+def adapt(model, classes, frozen=False, batch_statistics=False):
+    """Put a new last layer on a network: images → probabilities (batch, classes).
+
+    Args:
+        model: a classifier, a VAE or its encoder; its layers become the new model's, and are not copied.
+        classes: number of classes.
+        frozen: train the new layer only.
+        batch_statistics: let batch normalisation use and update the batch's moments in training, as in a network
+            trained from scratch. By default it keeps the moving averages that it has learned, also while its scale and
+            shift are trained: those of a few images would spoil it.
+
+    Returns:
+        A functional Model, not compiled. It reads what a classifier's last layer reads, or the mean of the latents.
+        Freezing holds for `model`, too, until its `trainable` is set again.
+    """
+    model = getattr(model, "encoder", model)
+    outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
+    features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
+    features.trainable = not frozen
+    images = keras.Input(features.input_shape[1:], name="image")
+    x = features(images)
+    x = layers.Dense(classes, activation="softmax", dtype="float32", name="classes")(x)
+    return keras.Model(images, x, name=f"adapted_{model.name}")

@@ -1,0 +1,87 @@
+"""Trained networks put to other use: weights that are taken over, layers that are frozen."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import TINY
+
+from resnet_vae import Config, adapt, build_classifier, build_vae, take_over
+
+RNG = np.random.default_rng(0)
+
+
+def classifier(channels=1, classes=3, width=0.125):
+    return build_classifier("resnet20", (8, 8, channels), classes, width=width)
+
+
+def disturb(model):
+    """Let no weight be what it starts as."""
+    for weight in model.weights:
+        value = keras.ops.convert_to_numpy(weight)
+        if value.dtype == "float32":
+            weight.assign(value + RNG.uniform(0.01, 0.1, value.shape))
+    return model
+
+
+@pytest.mark.parametrize("network", ["classifier", "encoder"])
+def test_other_channels_keep_what_grey_pictures_give(network):
+    """A picture of three equal channels gives the three-channel network what the grey one gave its own."""
+    if network == "classifier":
+        source, target = disturb(classifier()), classifier(3)
+    else:
+        source, target = (build_vae(Config(**TINY), (8, 8, channels)).encoder for channels in (1, 3))
+        disturb(source)
+    changed = take_over(target, source)
+    first = {"classifier": {"stem"}, "encoder": {"conv1", "shortcut"}}
+    assert {path.split("/")[-2] for path in changed} == first[network]
+    grey = RNG.uniform(0, 1, (5, 8, 8, 1)).astype("float32")
+    outputs = [model.predict(x, verbose=0) for model, x in ((source, grey), (target, grey.repeat(3, axis=-1)))]
+    for one, three in zip(*map(np.atleast_2d if network == "classifier" else list, outputs), strict=True):
+        np.testing.assert_allclose(three, one, rtol=1e-4, atol=1e-5)
+
+
+def test_other_classes_leave_the_last_layer_and_nothing_else():
+    source, target = disturb(classifier()), classifier(classes=5)
+    kept = target.layers[-1].get_weights()
+    assert {path.split("/")[-2] for path in take_over(target, source)} == {"classes"}
+    np.testing.assert_array_equal(target.layers[-1].get_weights()[0], kept[0])
+    for ours, theirs in zip(target.weights[:-2], source.weights[:-2], strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)))
+
+
+def test_other_networks_are_refused_before_anything_is_copied():
+    target = classifier()
+    before = target.get_weights()
+    for source in (classifier(width=0.25), build_classifier("resnet18", (32, 32, 1), 3, width=0.0625)):
+        with pytest.raises(ValueError, match="must be the same network"):
+            take_over(target, source)
+    for ours, value in zip(target.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "counted"),
+    [({"frozen": True}, False, False), ({}, True, False), ({"batch_statistics": True}, True, True)],
+    ids=["frozen", "fine-tuned", "from scratch"],
+)
+@pytest.mark.parametrize("network", ["classifier", "VAE"])
+def test_what_an_adapted_network_trains(network, options, trained, counted):
+    """Frozen layers keep every bit; fine-tuned ones their moving averages; those from scratch nothing."""
+    source = disturb(classifier() if network == "classifier" else build_vae(Config(**TINY), (8, 8, 1)))
+    model = adapt(source, 4, **options)
+    model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+    before = {weight.path: keras.ops.convert_to_numpy(weight) for weight in model.weights}
+    images, labels = RNG.uniform(0, 1, (12, 8, 8, 1)).astype("float32"), np.arange(12) % 4
+    first = model.evaluate(images, labels, verbose=0)
+    model.fit(images, labels, epochs=8, verbose=0)
+    assert model.evaluate(images, labels, verbose=0) < first or counted  # by the batch's moments it may not, so soon
+    changed = {
+        weight.path for weight in model.weights if np.any(before[weight.path] != keras.ops.convert_to_numpy(weight))
+    }
+    moving = {path for path in before if "moving" in path}
+    last = {path for path in before if path.startswith("classes/")}
+    assert len(moving) > 10
+    assert len(last) == 2
+    assert last <= changed
+    assert (changed & moving == moving) if counted else not (changed & moving)
+    assert bool(changed - moving - last) == trained
