@@ -40,7 +40,8 @@ class ResidualBlock(layers.Layer):
         learned_step: F(x) is multiplied with a trained number that starts at 1.
         gain: initial scale of the last normalisation; at 0 the block starts as its shortcut
             (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable. With
-            order pre, 0 starts the last convolution's kernel at zero instead, and nothing else has an effect.
+            order pre, 0 starts the last convolution's kernel at zero instead, and nothing else has an effect. By
+            default 0, and 1 where there is no shortcut.
         momentum, epsilon: of the normalisations.
         use_bias: of the convolutions.
         kernel_initializer: of the convolutions.
@@ -62,7 +63,7 @@ class ResidualBlock(layers.Layer):
         shortcut="identity",
         order="post",
         learned_step=False,
-        gain=0.0,
+        gain=None,
         momentum=0.99,
         epsilon=1e-3,
         use_bias=True,
@@ -77,6 +78,7 @@ class ResidualBlock(layers.Layer):
             )
         self.filters, self.kernel_size, self.strides = tuple(filters), kernel_size, tuple(strides)
         self.transpose, self.shortcut_kind, self.order, self.learned_step = transpose, shortcut, order, learned_step
+        gain = float(shortcut == "none") if gain is None else gain
         self.gain, self.momentum, self.epsilon, self.use_bias = gain, momentum, epsilon, use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         strided = layers.Conv2DTranspose if transpose else layers.Conv2D

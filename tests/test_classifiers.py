@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import once
 
-from resnet_vae import build_classifier
-from resnet_vae.blocks import Repeated, ResidualBlock
+from resnet_vae import Config, build_classifier, load_data
+from resnet_vae.blocks import Repeated, ResidualBlock, conv_block
 from resnet_vae.classifiers import load_imagenet, take_weights
 from resnet_vae.config import UserError
 
@@ -88,6 +88,26 @@ def test_any_image_size_and_every_shortcut(shortcut):
         probabilities = model.predict(RNG.uniform(0, 1, (2, size, size, 1)), verbose=0)
         assert probabilities.shape == (2, 3)
         np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
+
+
+def test_a_small_fully_convolutional_classifier_learns_at_any_size():
+    """Five reducing blocks without shortcuts, an average, a dense layer: trained at one size, then at another."""
+    x = images = keras.Input((None, None, 1))
+    for filters in (16, 32, 64, 128, 256):
+        x = conv_block(x, 3, (filters, filters), shortcut="none", momentum=0.9)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(images, keras.layers.Dense(10, activation="softmax")(x))
+    model.compile(keras.optimizers.Adam(0.002), "sparse_categorical_crossentropy", metrics=["accuracy"])
+
+    def digits(side):
+        data = load_data(Config(dataset="digits", image_shape=(side, side, 1), validation="test"))
+        (train, test), (labels, _, test_labels) = (data.train, data.test), data.labels
+        return (train / np.float32(255), labels), (test / np.float32(255), test_labels)
+
+    for side, epochs in ((16, 5), (24, 3)):
+        train, test = digits(side)
+        model.fit(*train, batch_size=64, epochs=epochs, verbose=0)
+        assert model.evaluate(*test, verbose=0, return_dict=True)["accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("name", ["resnet", "resnet19", "resnet2", "vgg16", "resnet1001x"])
