@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from speed import BASE, BenchmarkError, measure, write_provenance, write_rows
+from speed import BASE, BenchmarkError, measure, write_ran_on, write_rows
 
 BASE = BASE.replace(width=0.25, precision="float32")
 AXES = {  # what grows → its name in the figure, its values, and the configuration of a value
@@ -86,7 +86,7 @@ def draw(rows):
 
 
 def main(arguments=None):
-    """Parse the command line, measure, and write scaling.csv, .md, .png and provenance.json."""
+    """Parse the command line, measure, and write scaling.csv, .md, .png and record.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"))
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
@@ -106,7 +106,7 @@ def main(arguments=None):
     chosen.folder.mkdir(parents=True, exist_ok=True)
     write_rows(chosen.folder / "scaling", rows, COLUMNS)
     draw(rows).savefig(chosen.folder / "scaling.png", dpi=120)
-    write_provenance(chosen.folder / "provenance.json")
+    write_ran_on(chosen.folder)
     return 0
 
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from resnet_vae.config import Config
-from resnet_vae.records import csv_text, environment, processor_has_bfloat16, write_json, write_text
+from resnet_vae.records import csv_text, environment, processor_has_bfloat16, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 CASES = {  # what is trained
@@ -244,20 +244,20 @@ def write_rows(path, rows, columns):
 
 
 def write(folder, rows):
-    """Write speed.csv, speed.md, speed.png and provenance.json."""
+    """Write speed.csv, speed.md, speed.png and record.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "speed", rows, COLUMNS)
     draw(rows).savefig(folder / "speed.png", dpi=120)
-    write_provenance(folder / "provenance.json")
+    write_ran_on(folder)
 
 
-def write_provenance(path):
-    """Write down what the contestants ran on."""
+def write_ran_on(folder):
+    """Write record.json: what the contestants ran on, and the hashes of the tables and the figure."""
     import keras
 
     from resnet_vae.vae import devices
 
-    write_json(path, environment(keras.backend.backend(), devices()))
+    write_record(folder, environment(keras.backend.backend(), devices()))
 
 
 def draw(rows):

@@ -5,6 +5,7 @@ metrics.json: a run with metrics.json is finished.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -144,6 +145,23 @@ def is_finished(config):
 def write_json(path, values):
     """Write values as JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of(path):
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_record(folder, ran_on, **values):
+    """Write record.json: values, what they were measured on, and the hashes of the other files in the folder.
+
+    Args:
+        folder: a Path, of an experiment or a benchmark whose tables and figures are written already.
+        ran_on: of `environment`.
+        **values: whatever else belongs to the record.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".md", ".png"))
+    write_json(folder / "record.json", {**values, **ran_on, "files": {path.name: sha256_of(path) for path in files}})
 
 
 def csv_text(rows, columns):

@@ -19,7 +19,16 @@ from resnet_vae import checkpoints
 from resnet_vae.config import UserError
 from resnet_vae.data import augment, entropy_floor, load_data
 from resnet_vae.optimizer import compile_vae
-from resnet_vae.records import FIGURES, RecordError, csv_text, environment, is_finished, write_json, write_text
+from resnet_vae.records import (
+    FIGURES,
+    RecordError,
+    csv_text,
+    environment,
+    is_finished,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from resnet_vae.vae import build_vae, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
@@ -126,6 +135,7 @@ class Training(keras.callbacks.Callback):
         "sessions",
         "seconds",
         "cpu_seconds",
+        "saving_seconds",
         "began",
         "started",
     )
@@ -138,7 +148,8 @@ class Training(keras.callbacks.Callback):
         self.step = 0  # steps done in the epoch after those
         self.figures = None  # that epoch's training figures, while it is being validated
         self.rollbacks, self.sessions = rollbacks, 0
-        self.seconds = self.cpu_seconds = self.began = 0.0  # of all sessions; when the epoch began
+        self.seconds = self.cpu_seconds = self.saving_seconds = 0.0  # of all sessions
+        self.began = 0.0  # when the epoch began
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.interval, self.signal, self.bar = config.checkpoint_seconds, None, None
         self.metrics = self.best_weights = None
@@ -206,6 +217,7 @@ class Training(keras.callbacks.Callback):
 
         checkpoints.save(self.folder, {name: getattr(self, name) for name in self.KEPT}, arrays())
         self._remember()
+        self.saving_seconds += self.saved_at - began
         self.interval = max(self.config.checkpoint_seconds, (self.saved_at - began) / SHARE)
 
     def _position(self):
@@ -446,6 +458,7 @@ def _train(config, data, folder):
             "sessions": training.sessions,
             "seconds": training.seconds,
             "cpu_seconds": training.cpu_seconds,
+            "checkpoint_seconds": training.saving_seconds,
             "seconds_per_epoch": training.seconds / epochs,
             "images_per_second": epochs * training.steps * min(config.batch_size, len(data.train)) / training.seconds,
             "data": {
@@ -455,7 +468,7 @@ def _train(config, data, folder):
                 "validation": len(data.validation),
                 "test": len(data.test),
             },
-            "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files},
+            "files": {name: sha256_of(folder / name) for name in files},
         },
     )
     write_json(folder / "metrics.json", metrics)  # it marks the run as finished

@@ -1,7 +1,7 @@
 """Whether what is recorded still follows from itself: tables and figures from run folders, hashes, sums."""
 
 import csv
-import hashlib
+import importlib
 import io
 import math
 import zipfile
@@ -13,26 +13,70 @@ from matplotlib.image import imread
 
 from resnet_vae import plots
 from resnet_vae.config import UserError
-from resnet_vae.records import FIGURES, RecordError, read_json, read_run, read_sweep
+from resnet_vae.records import FIGURES, RecordError, read_json, read_run, read_sweep, sha256_of
 from resnet_vae.results import tables
+
+EXPERIMENTS = ("degradation", "euler", "gradients", "landscape", "transfer")
 
 
 def verify(folder):
-    """Recompute what can be recomputed of a sweep: each run's hashes and figures, the table, the pictures.
+    """Recompute what can be recomputed of what is recorded.
 
     Args:
-        folder: with a run in each folder below it that holds a config.json.
+        folder: of a sweep, with a run in each folder below it that holds a config.json: each run's hashes and figures,
+            the table, the pictures. Or with a record.json, of an experiment or a benchmark: the hashes, and an
+            experiment's pictures from its tables.
 
     Returns:
         A list of what does not match, a sentence each; empty if all is as recorded.
 
     Raises:
-        RecordError: the folder holds no runs.
+        RecordError: the folder holds neither.
     """
     folder = Path(folder)
+    if (folder / "record.json").exists():
+        return _record(folder)
+    return _sweep(folder)
+
+
+def _record(folder):
+    record = read_json(folder / "record.json")
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        return [f"{folder / 'record.json'} has no hashes of the other files"]
+    wrong = [f"{folder / name} {what}" for name, what in _hashes(folder, files)]
+    unknown = sorted({path.name for path in folder.iterdir() if path.suffix in (".csv", ".md", ".png")} - set(files))
+    wrong += [f"{folder / name} is not in record.json" for name in unknown]
+    experiment = record.get("experiment")
+    if wrong or experiment is None:
+        return wrong
+    if experiment not in EXPERIMENTS:
+        return [
+            f"{folder / 'record.json'} is of the experiment {experiment!r}; expected one of {', '.join(EXPERIMENTS)}"
+        ]
+    from resnet_vae.experiments.record import read_tables
+
+    figures = importlib.import_module(f"resnet_vae.experiments.{experiment}").figures(read_tables(folder))
+    pictures = {folder / f"{name}.png": figure for name, figure in figures.items()}
+    return [f"{path} {what}" for path, figure in pictures.items() if (what := _picture(path, figure))]
+
+
+def _hashes(folder, files):
+    """What is wrong with files of these hashes: pairs of a name and a few words. Models are not in git."""
+    for name, digest in files.items():
+        path = folder / Path(name).name
+        if path.exists() and sha256_of(path) != digest:
+            yield name, "is not the file that was written (SHA-256)"
+        if not path.exists() and path.suffix != ".keras":
+            yield name, "is missing"
+
+
+def _sweep(folder):
     places = sorted(path.parent for path in folder.glob("*/config.json"))
     if not places:
-        raise RecordError(f"{folder} has no runs below it; expected folders with a config.json")
+        raise RecordError(
+            f"{folder} holds no record; expected a record.json, or runs below it, folders with a config.json"
+        )
     runs, wrong = [], []
     for place in places:
         try:
@@ -58,12 +102,7 @@ def verify(folder):
 
 def _run(run):
     """What is wrong with a run: pairs of a file's name and a few words."""
-    for name, digest in run.provenance.get("files", {}).items():
-        path = run.folder / name
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            yield name, "is not the file that the run wrote (SHA-256)"
-        if not path.exists() and path.suffix != ".keras":  # models are not in git
-            yield name, "is missing"
+    yield from _hashes(run.folder, run.provenance.get("files", {}))
     metrics, beta = run.metrics, run.config.beta
     if [row["epoch"] for row in run.history] != list(range(1, metrics["epochs"] + 1)):
         yield "history.csv", f"is not a row an epoch for {metrics['epochs']} epochs"

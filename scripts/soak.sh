@@ -3,7 +3,7 @@
 #
 # While there is time, a sweep of two depths on the embedded digits is started, killed at a random moment by a random
 # signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
-# record (signals, resumptions, differences) goes to FOLDER/soak.json (default results/soak), the runs to runs/soak.
+# record (signals, resumptions, differences) goes to FOLDER/record.json (default results/soak), the runs to runs/soak.
 # Exit code: 0 if nothing differs.
 set -uo pipefail
 
@@ -41,15 +41,15 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
   rounds=$((rounds + 1))
 done
 
-"$PYTHON" - "$folder/soak.json" "$runs" "$rounds" "$((SECONDS - began))" "$differences" \
+"$PYTHON" - "$folder" "$runs" "$rounds" "$((SECONDS - began))" "$differences" \
   "${sent[KILL]}" "${sent[TERM]}" "${sent[INT]}" << 'PYTHON'
 import json
 import sys
 from pathlib import Path
 
-from resnet_vae.records import environment, write_json
+from resnet_vae.records import environment, write_record
 
-path, runs, *numbers = sys.argv[1:]
+folder, runs, *numbers = sys.argv[1:]
 rounds, seconds, differences, *signals = map(int, numbers)
 sessions = [json.loads(each.read_text())["sessions"] for each in sorted(Path(runs).glob("round-*/*/provenance.json"))]
 record = {
@@ -60,9 +60,11 @@ record = {
     "resumptions": sum(sessions) - len(sessions),
     "runs_that_differ": differences,
 }
-calm = json.loads(next(Path(runs).glob("calm/*/provenance.json")).read_text())
-ran_on = environment(calm["backend"], calm["devices"])
-write_json(Path(path), record | {"ran_on": {**ran_on, "command": "scripts/soak.sh"}})
+calm = [json.loads(each.read_text()) for each in sorted(Path(runs).glob("calm/*/provenance.json"))]
+spent, trained = (sum(run[name] for run in calm) for name in ("checkpoint_seconds", "seconds"))
+record["checkpoints_percent_of_time"] = round(100 * spent / trained, 2)
+ran_on = environment(calm[0]["backend"], calm[0]["devices"])
+write_record(Path(folder), {**ran_on, "command": "scripts/soak.sh"}, **record)
 print(json.dumps(record))
 PYTHON
 [ "$differences" -eq 0 ]

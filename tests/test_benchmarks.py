@@ -10,6 +10,7 @@ import pytest
 
 from resnet_vae import Config, build_vae
 from resnet_vae.blocks import ResidualBlock
+from resnet_vae.verify import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 RNG = np.random.default_rng(0)
@@ -97,6 +98,9 @@ def test_speed_is_measured(tmp_path, monkeypatch):
         assert float(row["first_step_seconds"]) > 0
         assert 0 < float(row["input_share"]) < 50
     assert (tmp_path / "speed.png").stat().st_size > 5000
+    assert verify(tmp_path) == []
+    (tmp_path / "speed.md").write_text("")
+    assert verify(tmp_path) == [f"{tmp_path / 'speed.md'} is not the file that was written (SHA-256)"]
     with pytest.raises(SystemExit):
         speed.main(["--cases", "no such case"])
     monkeypatch.setitem(speed.CONTESTANTS, "nobody", ("torch.nonsense", "float64"))

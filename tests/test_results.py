@@ -115,11 +115,8 @@ def test_no_runs_is_told(tmp_path):
         write_table(tmp_path)
 
 
-RECORDED = sorted(path.parent for path in RESULTS.glob("*/table.md"))
-
-
-@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.name)
-def test_what_is_recorded_still_follows_from_the_runs(recorded):
+@pytest.mark.parametrize("recorded", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda p: p.name)
+def test_what_is_recorded_still_follows_from_itself(recorded):
     assert verify(recorded) == []
 
 
@@ -131,7 +128,7 @@ def change(path, old, new):
 
 def test_verify_tells_what_does_not_match(tmp_path):
     """One thing after the other is changed in a copy of a recorded sweep."""
-    original = RECORDED[0]
+    original = RESULTS / "calm"
 
     def found(spoil):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -152,7 +149,7 @@ def test_verify_tells_what_does_not_match(tmp_path):
     best = json.loads((original / "depth-28" / "metrics.json").read_text())
     loss = str(best["validation"]["loss"])
     assert "another validation loss" in found(lambda _, run: change(run / "metrics.json", loss, "1700.0"))
-    assert "not the file that the run wrote" in found(another_file)
+    assert "not the file that was written" in found(another_file)
     assert "table.md is not the table" in found(lambda sweep, _: change(sweep / "table.md", "| elbo", "| elbe"))
     assert "table.tex is missing" in found(lambda sweep, _: (sweep / "table.tex").unlink())
     assert "curves.png is not the figure" in found(
