@@ -1,14 +1,18 @@
 """The experiments' mathematics against automatic differentiation and SciPy."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 from conftest import once
 
 from resnet_vae import build_classifier
-from resnet_vae.experiments import gradients
+from resnet_vae.experiments import euler, gradients, landscape
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
+from resnet_vae.records import sha256_of
+from resnet_vae.verify import verify
 
 RNG = np.random.default_rng(0)
 
@@ -109,10 +113,10 @@ def test_the_probe_holds_the_gradients():
     """Against what a step of plain gradient descent takes off the weights, repeated blocks' among them."""
     keras.utils.set_random_seed(0)
     model = build_classifier("resnet20", (8, 8, 1), 3, width=0.125)
-    images, labels = RNG.uniform(0, 1, (8, 8, 8, 1)).astype("float32"), np.arange(8) % 3
+    images, labels = RNG.integers(0, 256, (8, 8, 8, 1), "uint8"), np.arange(8) % 3
     before = [keras.ops.convert_to_numpy(weight) for weight in model.trainable_weights]
     state = model.get_weights()
-    norms = gradients.of_network(model, images, labels, loss="sparse_categorical_crossentropy")
+    norms = gradients.of_network("classifier", model, images, labels)
     assert len(norms) == 18
     assert min(norms) > 0
     for weight, value in zip(model.trainable_weights, before, strict=True):
@@ -120,9 +124,105 @@ def test_the_probe_holds_the_gradients():
     kept = [model.optimizer.gradient_of(weight) for weight in model.trainable_weights]
     model.set_weights(state)
     model.compile(keras.optimizers.SGD(1.0), "sparse_categorical_crossentropy")
-    model.train_on_batch(images, labels)
+    model.train_on_batch(images / np.float32(255), labels)
     for weight, value, gradient in zip(model.trainable_weights, before, kept, strict=True):
         np.testing.assert_allclose(value - keras.ops.convert_to_numpy(weight), gradient, rtol=1e-3, atol=1e-5)
     loop = model.get_layer("stage1_blocks")
     kernel = next(place for place, weight in enumerate(model.trainable_weights) if weight is loop.stacks[0])
     assert norms[0] == pytest.approx(np.linalg.norm(kept[kernel][0]), rel=1e-5)
+
+
+def filters_one_by_one(model, arrays):
+    """Every filter of a tiny VAE's kernels as vectors, by the axis that the layer's documentation names."""
+    found, of_decoder = [], {id(variable) for variable in model.decoder.variables}
+    for (variable, _), array in zip(landscape.kernels(model), arrays, strict=True):
+        transposed = any(f"{layer}/kernel" in variable.path for layer in ("block1/conv1", "block1/shortcut", "image"))
+        for kernel in array if array.ndim == 5 else [array]:
+            kernel = np.moveaxis(kernel, 2, 3) if transposed and id(variable) in of_decoder else kernel
+            found += list(kernel.reshape(-1, kernel.shape[-1]).T)
+    return found
+
+
+def test_directions_are_as_long_as_the_filters(tiny_vae):
+    """Of every kernel, dense, transposed and repeated ones too; nothing else is moved."""
+    moved = {variable.path for variable, _ in landscape.kernels(tiny_vae)}
+    assert moved == {each.path for each in tiny_vae.trainable_variables if "kernel" in each.path}
+    direction = landscape.random_direction(tiny_vae, np.random.default_rng(0))
+    pairs = zip(
+        *(filters_one_by_one(tiny_vae, arrays) for arrays in (direction, landscape.position(tiny_vae))), strict=True
+    )
+    for drawn, own in pairs:
+        assert np.linalg.norm(drawn) == pytest.approx(np.linalg.norm(own), rel=1e-5)
+
+
+def test_a_surface_has_the_evaluated_loss_in_the_middle_and_leaves_the_weights(tiny_vae, images):
+    def loss():
+        return tiny_vae.evaluate(images[:16], verbose=0, return_dict=True)["loss"]
+
+    before, expected = tiny_vae.get_weights(), loss()
+    rng = np.random.default_rng(1)
+    first, second = (landscape.random_direction(tiny_vae, rng) for _ in range(2))
+    losses = landscape.surface(tiny_vae, loss, first, second, [-0.5, 0, 0.5], [0, 0.25])
+    assert losses[0, 1] == expected
+    for weight, value in zip(tiny_vae.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+    for (variable, _), a, b in zip(landscape.kernels(tiny_vae), first, second, strict=True):
+        variable.assign(keras.ops.convert_to_numpy(variable) + 0.5 * a + 0.25 * b)
+    assert losses[1, 2] == pytest.approx(loss(), rel=1e-6)
+    tiny_vae.set_weights(before)
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        landscape.surface(tiny_vae, fail, first, second, [1.0], [1.0])
+    for weight, value in zip(tiny_vae.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+def test_the_plane_of_a_path_is_that_of_its_largest_scatter():
+    """Against the eigenvalues of the scatter matrix; in the plane, distances from the end are kept."""
+    shapes, rng = ((2, 3), (5,)), np.random.default_rng(2)
+    axes = np.linalg.qr(rng.standard_normal((11, 2)))[0].T
+    coordinates = rng.standard_normal((6, 2)) * (3, 1)
+    flat = coordinates @ axes + 0.01 * rng.standard_normal((6, 11))
+    positions = [[row[:6].reshape(shapes[0]), row[6:]] for row in flat]
+    directions, path, share = landscape.principal_plane(positions)
+    moved = flat - flat[-1]
+    scatter = np.sort(np.linalg.eigvalsh(moved.T @ moved))[::-1]
+    assert share == pytest.approx(scatter[:2].sum() / scatter.sum(), rel=1e-9)
+    assert path[-1] == pytest.approx([0, 0], abs=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(path, axis=1), np.linalg.norm(moved, axis=1), atol=0.1)
+    for direction, coordinate in zip(directions, path.T, strict=True):
+        assert [array.shape for array in direction] == list(shapes)
+        vector = np.concatenate([array.ravel() for array in direction])
+        assert np.linalg.norm(vector) == pytest.approx(1)
+        np.testing.assert_allclose(moved @ vector, coordinate, atol=1e-9)
+
+
+def test_a_record_that_was_changed_is_told(tmp_path):
+    """By its hashes; and where these were changed, too, by its picture."""
+    folder = euler.run(
+        euler.Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10, cmdline=True)
+    )
+    assert verify(folder) == []
+    record, table = json.loads((folder / "record.json").read_text()), (folder / "euler.csv").read_text()
+    assert record["settings"]["finest"] == 16
+    assert record["versions"]["numpy"] == np.__version__
+    (folder / "more.csv").write_text("a\n1\n")
+    assert verify(folder) == [f"{folder / 'more.csv'} is not in record.json"]
+    (folder / "more.csv").unlink()
+
+    def rewritten(text, **changes):
+        (folder / "euler.csv").write_text(text)
+        files = record["files"] | {"euler.csv": sha256_of(folder / "euler.csv")}
+        (folder / "record.json").write_text(json.dumps(record | {"files": files} | changes))
+        return " ".join(verify(folder))
+
+    (folder / "euler.csv").write_text(table.replace("0.125", "0.5"))
+    assert verify(folder) == [f"{folder / 'euler.csv'} is not the file that was written (SHA-256)"]
+    assert rewritten(table) == ""
+    assert "euler.png is not the figure of these records" in rewritten(table.replace("8,0.125,0", "8,0.125,1"))
+    assert "lacks something" in rewritten(table.replace("error", "mistake"))
+    assert "'os'; expected one of degradation" in rewritten(table, experiment="os")
+    assert "has no hashes" in rewritten(table, files=None)

@@ -1,7 +1,5 @@
 """The notebooks and the sweep, headlessly, as a person runs them."""
 
-import csv
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +10,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import TINY, once
+
+from resnet_vae.experiments.record import read_tables
+from resnet_vae.verify import verify
 
 HOME = Path(__file__).parent.parent
 NOTEBOOKS = sorted((HOME / "notebooks").glob("*.ipynb"))
@@ -125,13 +126,8 @@ def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
     assert (done.returncode, "SWEEP names SHORTCUT, which is not set" in done.stderr) == (2, True)
 
 
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def run_experiment(name, folder, **settings):
-    """Execute an experiment's notebook at a small size; its pictures and its record must be there."""
+    """Execute an experiment's notebook at a small size; its record must be whole."""
     done = subprocess.run(
         [HOME / "scripts" / "run_notebook.sh", HOME / "notebooks" / f"{name}.ipynb", folder],
         env=os.environ | {"PYTHON": sys.executable} | {key.upper(): str(value) for key, value in settings.items()},
@@ -140,37 +136,73 @@ def run_experiment(name, folder, **settings):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (folder / f"{name}.png").stat().st_size > 10_000
-    assert json.loads((folder / "record.json").read_text())["versions"]["keras"]
-    return read_csv(folder / f"{name}.csv")
+    assert verify(folder) == []
+    return read_tables(folder)
 
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_euler_steps(tmp_path):
-    rows = run_experiment("euler", tmp_path, finest=64, layers=2, repetitions=1, epochs=3, points=20)
-    assert float(rows[-1]["order"]) == pytest.approx(1, abs=0.1)
-    fixed, learned = read_csv(tmp_path / "spirals.csv")
+    tables = run_experiment("euler", tmp_path, finest=64, layers=2, repetitions=1, epochs=3, points=20)
+    assert tables["euler"][-1]["order"] == pytest.approx(1, abs=0.1)
+    fixed, learned = tables["spirals"]
     assert (fixed["tau"], learned["tau"]) == ("fixed", "learned")
-    assert float(fixed["mean_tau"]) == 0.5 != float(learned["mean_tau"])
+    assert fixed["mean_tau"] == 0.5 != learned["mean_tau"]
 
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_gradients(tmp_path):
     """Deep plain chains against residual ones; the networks' layers are all there."""
-    rows = run_experiment(
-        "gradients", tmp_path, depths="4,40", classifier_depths="20", vae_depths="28", width=0.0625, batch_size=4
-    )
+    small = {"depths": "4,40", "classifier_depths": "20", "vae_depths": "28", "width": 0.0625, "batch_size": 4}
+    rows = run_experiment("gradients", tmp_path, **small)["gradients"]
 
     def norms(**chosen):
-        return [float(row["norm"]) for row in rows if all(row[key] == value for key, value in chosen.items())]
+        return [row["norm"] for row in rows if all(row[key] == value for key, value in chosen.items())]
 
     shrinking, growing = "chain, weights × 0.8", "chain, weights × 1.6"
-    plain = {depth: norms(network=shrinking, kind="plain", depth=depth)[0] for depth in ("4", "40")}
-    assert plain["40"] < 1e-2 * plain["4"]
-    assert norms(network=shrinking, kind="residual", depth="40")[0] > 0.1
-    assert norms(network=growing, kind="residual", depth="40")[0] > 1e2
+    plain = {depth: norms(network=shrinking, kind="plain", depth=depth)[0] for depth in (4, 40)}
+    assert plain[40] < 1e-2 * plain[4]
+    assert norms(network=shrinking, kind="residual", depth=40)[0] > 0.1
+    assert norms(network=growing, kind="residual", depth=40)[0] > 1e2
     assert len(norms(network="VAE", kind="plain")) == len(norms(network="VAE", kind="residual")) == 24
     assert len(norms(network="classifier", kind="residual")) == 18
+
+
+SMALL = {"width": 0.0625, "epochs": 2, "batch_size": 256, "depth": 8, "vae_depth": 28}
+
+
+@once("the same code on every backend, which the tests of its parts run on each")
+def test_notebook_of_the_loss_landscape(tmp_path):
+    """The networks' own losses are in the middle of their surfaces and of their lines, and at their paths' ends."""
+    tables = run_experiment("landscape", tmp_path, **SMALL, points=3, images=20)
+    assert len(tables["surfaces"]) == 4 * 2 * 9
+    for network in ("classifier", "VAE"):
+        for kind in ("plain", "residual"):
+            surface, line, path = (
+                [row for row in tables[name] if (row["network"], row["kind"]) == (network, kind)]
+                for name in ("surfaces", "lines", "paths")
+            )
+            middle = [row["loss"] for row in surface if row["plane"] == "random" and row["x"] == row["y"] == 0]
+            assert middle == [row["loss"] for row in line if row["x"] == 0]
+            assert [row["epoch"] for row in path] == [0, 1, 2]
+            assert path[-1]["x"] == pytest.approx(0, abs=1e-9)
+
+
+@once("the same code on every backend, which the tests of its parts run on each")
+def test_notebook_of_transfer(tmp_path):
+    """Each way for each number of labels and seed; with other channels, too."""
+    rows = run_experiment("transfer", tmp_path, **SMALL, labels="1 2", steps=2, repetitions=2, channels=3)["transfer"]
+    assert len(rows) == 2 * 3 * 2 * 2
+    assert {(row["network"], row["way"]) for row in rows} == {
+        (network, way) for network in ("classifier", "VAE") for way in ("scratch", "frozen", "fine-tuned")
+    }
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+@once("the same code on every backend, which the tests of its parts run on each")
+def test_notebook_of_preactivation(tmp_path):
+    small = {"depths": 29, "width": 0.0625, "epochs": 1, "batch_size": 256, "repetitions": 1}
+    kinds = [row["kind"] for row in run_experiment("preactivation", tmp_path, **small)["summary"]]
+    assert kinds == ["residual", "pre-activation"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from resnet_vae.experiments.chain import Chain
-from resnet_vae.experiments.record import Experiment, write_record
+from resnet_vae.experiments.record import Experiment, write_experiment
 from resnet_vae.normalization import PACKAGE
 
 
@@ -138,7 +138,13 @@ def run(settings):
     trained = [
         train_on_spirals(settings, seed, learned) for seed in range(settings.repetitions) for learned in (False, True)
     ]
-    return write_record(settings, {"euler": rows, "spirals": trained}, {"euler": draw(rows, trained)})
+    tables = {"euler": rows, "spirals": trained}
+    return write_experiment(settings, tables, figures(tables))
+
+
+def figures(tables):
+    """The figures of these tables."""
+    return {"euler": draw(tables["euler"], tables["spirals"])}
 
 
 def draw(rows, trained):

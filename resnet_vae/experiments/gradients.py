@@ -12,23 +12,18 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from resnet_vae.blocks import Repeated, ResidualBlock
-from resnet_vae.classifiers import build_classifier
-from resnet_vae.config import Config
-from resnet_vae.data import load_data
 from resnet_vae.experiments.chain import random_chain
-from resnet_vae.experiments.record import Experiment, Numbers, write_record
+from resnet_vae.experiments.networks import NETWORKS, Networks, compile_network, inputs
+from resnet_vae.experiments.record import Numbers, write_experiment
 from resnet_vae.normalization import PACKAGE
-from resnet_vae.vae import build_vae, scale
 
 
-class Gradients(Experiment):
+class Gradients(Networks):
     """Settings of the experiment."""
 
-    dataset: str = Field("digits", description="whose images go through the classifier and the VAE")
     depths: Numbers = Field((10, 30, 100), description="layers of the chains")
     classifier_depths: Numbers = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
     vae_depths: Numbers = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
-    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
     batch_size: int = Field(32, ge=2, description="images")
     seed: int = Field(0, ge=0, description="of the weights")
 
@@ -73,11 +68,11 @@ def kernel_gradients(model, probe):
     return rows
 
 
-def of_network(model, *data, **compiled):
-    """Norms of the gradients in a model's first step on a batch, by `kernel_gradients`."""
+def of_network(network, model, images, labels):
+    """Norms of the gradients in the first step on a batch of a classifier or a VAE, by `kernel_gradients`."""
     probe = GradientProbe()
-    model.compile(probe, **compiled)
-    model.train_on_batch(*data)
+    compile_network(network, model, probe)
+    model.train_on_batch(*inputs(network, images, labels))
     return kernel_gradients(model, probe)
 
 
@@ -104,32 +99,27 @@ def measure(settings):
             for residual in (False, True):
                 kind = "residual" if residual else "plain"
                 add(f"chain, weights × {factor}", kind, depth, of_chain(depth, 16, factor, residual, settings.seed))
-    config = Config(dataset=settings.dataset, validation="test", precision="float32")
-    images = load_data(config).train[: settings.batch_size]
-    labels = np.arange(len(images)) % 10
-    floats = ops.convert_to_numpy(scale(ops.convert_to_tensor(images)))
-    for kind, shortcut in (("plain", "none"), ("residual", None)):
-        for depth in settings.classifier_depths:
-            keras.utils.set_random_seed(settings.seed)
-            model = build_classifier(f"resnet{depth}", images.shape[1:], shortcut=shortcut, width=settings.width)
-            add("classifier", kind, depth, of_network(model, floats, labels, loss="sparse_categorical_crossentropy"))
-    for kind, shortcut in (("plain", "none"), ("residual", "projection")):
-        for depth in settings.vae_depths:
-            keras.utils.set_random_seed(settings.seed)
-            # Not the identity's initialisation, under which most gradients begin at zero.
-            options = {"initialization": "published", "latent_dim": 16, "intermediate_dim": 128, "precision": "float32"}
-            vae = build_vae(
-                Config(resnet_depth=depth, shortcut=shortcut, width=settings.width, kl_warmup_steps=0, **options),
-                images.shape[1:],
-            )
-            add("VAE", kind, depth, of_network(vae, images))
+    data = settings.load()
+    batch = data.train[: settings.batch_size], data.labels[0][: settings.batch_size]
+    for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
+        # Not the VAE's own initialisation, under which most gradients begin at zero.
+        options = {} if network == "classifier" else {"initialization": "published"}
+        for kind in ("plain", "residual"):
+            for depth in depths:
+                model = settings.build(network, kind, depth, data, settings.seed, **options)
+                add(network, kind, depth, of_network(network, model, *batch))
     return rows
 
 
 def run(settings):
     """Measure, and write gradients.csv and gradients.png into the settings' folder, which is returned."""
-    rows = measure(settings)
-    return write_record(settings, {"gradients": rows}, {"gradients": draw(rows)})
+    tables = {"gradients": measure(settings)}
+    return write_experiment(settings, tables, figures(tables))
+
+
+def figures(tables):
+    """The figures of these tables."""
+    return {"gradients": draw(tables["gradients"])}
 
 
 def draw(rows):

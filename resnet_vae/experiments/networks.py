@@ -1,0 +1,82 @@
+"""The small classifiers and VAEs that the experiments compare: equal layers, and plain, residual or pre-activated."""
+
+import keras
+from pydantic import Field
+
+from resnet_vae.classifiers import build_classifier
+from resnet_vae.config import Config
+from resnet_vae.data import labelled, load_data
+from resnet_vae.experiments.record import Experiment
+from resnet_vae.vae import build_vae
+
+NETWORKS = ("classifier", "VAE")
+KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}
+SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32"}
+
+
+class Networks(Experiment):
+    """Settings of experiments with these networks."""
+
+    dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
+    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
+
+    def load(self):
+        """The data, with labels: training and test images."""
+        return labelled(load_data(Config(dataset=self.dataset, validation="test")))
+
+    def build(self, network, kind, depth, data, seed=0, **options):
+        """Build one of NETWORKS of one of KINDS; further options are of `build_classifier` or of `Config`."""
+        keras.utils.set_random_seed(seed)
+        options = {"width": self.width, **KINDS[kind], **options}
+        if network == "classifier":
+            return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
+        options = {**SMALL_VAE, "kl_warmup_steps": 0, **options}
+        return build_vae(Config(resnet_depth=depth, seed=seed, **options), data.image_shape)
+
+
+class Trained(Networks):
+    """Settings of experiments that train them."""
+
+    batch_size: int = Field(64, ge=1, description="images a step")
+    learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
+
+    def compile(self, network, model):
+        """Compile one of NETWORKS with Adam and a limit on the gradient."""
+        compile_network(network, model, keras.optimizers.Adam(self.learning_rate, global_clipnorm=200.0))
+
+
+def compile_network(network, model, optimizer):
+    """Compile one of NETWORKS with its own loss."""
+    if network == "classifier":
+        model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    else:
+        model.compile(optimizer)
+
+
+def inputs(network, images, labels):
+    """What `fit` of one of NETWORKS takes of uint8 images: floats in [0, 1] and labels, or the images alone."""
+    return (images.astype("float32") / 255, labels) if network == "classifier" else (images,)
+
+
+def train_each(build, compile_, fit, cases):
+    """Train what `build(*case)` makes for each case; yields what `fit(model, *case)` returns.
+
+    The models must differ in their weights only: one of them is compiled and traced, and takes on the others' weights.
+    """
+    model = None
+    for case in cases:
+        fresh = build(*case)
+        if model is None:
+            model = fresh
+            compile_(model)
+        else:
+            _restart(model, fresh)
+        yield fit(model, *case)
+
+
+def _restart(model, fresh):
+    """Give a compiled model the weights of a fresh one and let its optimizer forget."""
+    model.set_weights(fresh.get_weights())
+    for variable in model.optimizer.variables:
+        if variable.name != "learning_rate":
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))

@@ -1,0 +1,122 @@
+"""Transfer: what a trained network is worth on few labelled images, against the same network from scratch.
+
+A classifier learns the first half of the classes, a VAE all images without their labels. Then the second half of the
+classes is learned from few images of each: with the trained layers frozen, or fine-tuned, or from scratch, in as many
+steps. After "How transferable are features in deep neural networks?" (https://arxiv.org/abs/1411.1792).
+"""
+
+from functools import partial
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from resnet_vae.config import Config
+from resnet_vae.data import labelled, load_data
+from resnet_vae.experiments.networks import NETWORKS, Trained, compile_network, inputs, train_each
+from resnet_vae.experiments.record import Numbers, write_experiment
+from resnet_vae.transfer import adapt, take_over
+
+WAYS = {"scratch": "tab:gray", "frozen": "tab:orange", "fine-tuned": "tab:blue"}  # and their colours
+
+
+class Transfer(Trained):
+    """Settings of the experiment."""
+
+    depth: int = Field(20, description="layers of the classifier, 6n + 2")
+    vae_depth: int = Field(28, description="layers of the VAE, 6 × blocks + 4")
+    epochs: int = Field(10, ge=1, description="passes over the training images before the transfer")
+    channels: int = Field(0, ge=0, le=4, description="of the new classes' images, 1, 3 or 4 (0: as the first ones')")
+    labels: Numbers = Field((2, 8, 32), description="labelled images of each new class")
+    steps: int = Field(150, ge=1, description="training steps with them")
+    tuning_rate: float = Field(0.001, gt=0, description="learning rate of fine-tuning; all else has LEARNING_RATE")
+    repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
+
+
+def choose(labels, classes, count, rng):
+    """Numbers of `count` images of each class, or of all that there are, at random."""
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == each))[:count] for each in classes])
+
+
+def measure(settings):
+    """Rows: network, way, labelled images of a class, seed, accuracy on the test images of the new classes."""
+    data = new = settings.load()
+    if settings.channels:
+        shape = (*data.image_shape[:2], settings.channels)
+        new = labelled(load_data(Config(dataset=settings.dataset, validation="test", image_shape=shape)))
+    half = len(data.classes) // 2
+    old_classes, new_classes = range(half), range(half, len(data.classes))
+    is_old = np.isin(data.labels[0], old_classes)
+    is_test = np.isin(new.labels[2], new_classes)
+    test = inputs("classifier", new.test[is_test], new.labels[2][is_test] - half)
+    batch = {"batch_size": settings.batch_size, "verbose": 0}
+    rows = []
+    for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
+        first = (data.train[is_old], data.labels[0][is_old]) if network == "classifier" else (data.train, None)
+        build = partial(settings.build, network, "residual", depth)
+        source = build(data)
+
+        def learn(model, seed, network=network, first=first):
+            model.fit(*inputs(network, *first), epochs=settings.epochs, **batch)
+            return model.get_weights()
+
+        cases = [(seed,) for seed in range(settings.repetitions)]
+        make = partial(build, data)
+        learned = list(train_each(make, partial(settings.compile, network), learn, cases))
+        print(f"{network}: trained", flush=True)
+        for way in WAYS:
+
+            def begin(seed, count, way=way, network=network, build=build, source=source, learned=learned):
+                model = build(new, seed)
+                model, trained = (model.encoder, source.encoder) if network == "VAE" else (model, source)
+                if way != "scratch":
+                    source.set_weights(learned[seed])
+                    take_over(model, trained)
+                return adapt(model, len(new_classes), frozen=way == "frozen", batch_statistics=way == "scratch")
+
+            def compile_(model, way=way):
+                rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
+                compile_network("classifier", model, keras.optimizers.Adam(rate, global_clipnorm=200.0))
+
+            def fit(model, seed, count):
+                rng = np.random.default_rng((seed, count))
+                few = choose(new.labels[0], new_classes, count, rng)
+                drawn = rng.choice(few, settings.steps * settings.batch_size)
+                model.fit(*inputs("classifier", new.train[drawn], new.labels[0][drawn] - half), shuffle=False, **batch)
+                accuracy = model.evaluate(*test, verbose=0, return_dict=True)["accuracy"]
+                return {"labels": count, "seed": seed, "accuracy": accuracy}
+
+            cases = [(seed, count) for count in settings.labels for seed in range(settings.repetitions)]
+            rows += [{"network": network, "way": way, **row} for row in train_each(begin, compile_, fit, cases)]
+            print(f"{network}, {way}: done", flush=True)
+    return rows
+
+
+def run(settings):
+    """Measure, and write transfer.csv and transfer.png into the settings' folder, which is returned."""
+    tables = {"transfer": measure(settings)}
+    return write_experiment(settings, tables, figures(tables))
+
+
+def figures(tables):
+    """The figures of these tables."""
+    return {"transfer": draw(tables["transfer"])}
+
+
+def draw(rows):
+    """A panel a network: accuracy against the number of labelled images, a line a way, a point a seed."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(NETWORKS), sharey=True), NETWORKS, strict=True):
+        for way, color in WAYS.items():
+            own = [row for row in rows if (row["network"], row["way"]) == (network, way)]
+            counts = list(dict.fromkeys(row["labels"] for row in own))
+            means = [np.mean([row["accuracy"] for row in own if row["labels"] == count]) for count in counts]
+            axes.semilogx(counts, means, "-", color=color, label=way)
+            axes.semilogx([row["labels"] for row in own], [row["accuracy"] for row in own], ".", color=color)
+            axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set(title=f"{network}'s layers", xlabel="labelled images of each new class")
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("accuracy on test images")
+    return figure
