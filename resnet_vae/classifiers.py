@@ -13,6 +13,7 @@ from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
 from resnet_vae.config import UserError
 from resnet_vae.networks import identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
+from resnet_vae.vae import worth_compiling
 
 IMAGENET = {  # layers → blocks a stage, of two convolutions (basic) or three (bottleneck)
     18: ("basic", (2, 2, 2, 2)),
@@ -110,7 +111,9 @@ def build_classifier(
         x = layers.ReLU(name="last_relu")(x)
     x = layers.GlobalAveragePooling2D(name="average")(x)
     probabilities = layers.Dense(classes, activation=activation, dtype="float32", name="classes")(x)
-    return keras.Model(images, probabilities, name=f"resnet{depth}")
+    model = keras.Model(images, probabilities, name=f"resnet{depth}")
+    model.supports_jit = model.supports_jit and worth_compiling()
+    return model
 
 
 def _cifar(depth):

@@ -89,8 +89,7 @@ class VAE(keras.Model):
         super().__init__(**kwargs)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        if keras.backend.backend() == "tensorflow" and not any("gpu" in device for device in devices()):
-            self.supports_jit = False  # so that compile() leaves XLA off: on a CPU it takes twice the time
+        self.supports_jit = worth_compiling()
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
         self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")
@@ -164,6 +163,11 @@ def devices():
     import torch
 
     return [f"gpu:{number}" for number in range(torch.cuda.device_count())] or ["cpu:0"]
+
+
+def worth_compiling():
+    """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
+    return keras.backend.backend() != "tensorflow" or any("gpu" in device for device in devices())
 
 
 def precision(config):

@@ -10,7 +10,7 @@ set -uo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
-export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
+export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-60}
 export DEPTHS="28 34"
 rm -rf "$runs"
 mkdir -p "$runs" "$folder"
@@ -25,7 +25,7 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
   until [ -f "$sweep/table.md" ]; do
     setsid env --default-signal=INT "$scripts/run_all.sh" "$sweep" >> "$sweep.log" 2>&1 & # a process group of its own, so that all of it dies
     group=$!
-    for _ in $(seq $((RANDOM % (calm * 10)))); do
+    for _ in $(seq $((RANDOM % (calm * 3)))); do # tenths of a second: at most a third of what the calm sweep took
       kill -0 "$group" 2> /dev/null || break
       sleep 0.1
     done

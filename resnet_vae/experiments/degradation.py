@@ -47,7 +47,7 @@ def measure(settings):
     data, rows = settings.load(), []
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
     for network in settings.networks:
-        training = inputs(network, data.train, data.labels[0])
+        training = settings.batches(network, data.train, data.labels[0])
         test = inputs(network, data.test, data.labels[2])
         for depth in settings.depths if network == "classifier" else settings.vae_depths:
             for kind in settings.kinds:

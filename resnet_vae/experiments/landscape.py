@@ -117,7 +117,7 @@ def train(settings, network, kind, data):
     remember = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: positions.append(position(model)))
     images, labels = data.train, data.labels[0]
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
-    model.fit(*inputs(network, images, labels), callbacks=[remember], **options)
+    model.fit(*settings.batches(network, images, labels), callbacks=[remember], **options)
     few = inputs(network, images[: settings.images], labels[: settings.images])
 
     def loss():

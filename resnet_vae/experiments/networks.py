@@ -7,6 +7,7 @@ from resnet_vae.classifiers import build_classifier
 from resnet_vae.config import Config
 from resnet_vae.data import labelled, load_data
 from resnet_vae.experiments.record import Experiment
+from resnet_vae.optimizer import AdamW, prepare
 from resnet_vae.vae import build_vae
 
 NETWORKS = ("classifier", "VAE")
@@ -42,11 +43,17 @@ class Trained(Networks):
 
     def compile(self, network, model):
         """Compile one of NETWORKS with Adam and a limit on the gradient."""
-        compile_network(network, model, keras.optimizers.Adam(self.learning_rate, global_clipnorm=200.0))
+        compile_network(network, model, AdamW(self.learning_rate, weight_decay=0.0, global_clipnorm=200.0))
+
+    def batches(self, network, images, labels):
+        """What `fit` takes of uint8 images and labels, as many as fill whole batches: see `inputs`."""
+        whole = max(1, len(images) // self.batch_size) * self.batch_size  # a smaller batch would be traced anew
+        return inputs(network, images[:whole], labels[:whole])
 
 
 def compile_network(network, model, optimizer):
     """Compile one of NETWORKS with its own loss."""
+    prepare(optimizer, model)
     if network == "classifier":
         model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     else:

@@ -7,7 +7,6 @@ steps. After "How transferable are features in deep neural networks?" (https://a
 
 from functools import partial
 
-import keras
 import numpy as np
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -16,6 +15,7 @@ from resnet_vae.config import Config
 from resnet_vae.data import labelled, load_data
 from resnet_vae.experiments.networks import NETWORKS, Trained, compile_network, inputs, train_each
 from resnet_vae.experiments.record import Numbers, write_experiment
+from resnet_vae.optimizer import AdamW
 from resnet_vae.transfer import adapt, take_over
 
 WAYS = {"scratch": "tab:gray", "frozen": "tab:orange", "fine-tuned": "tab:blue"}  # and their colours
@@ -53,12 +53,14 @@ def measure(settings):
     batch = {"batch_size": settings.batch_size, "verbose": 0}
     rows = []
     for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
-        first = (data.train[is_old], data.labels[0][is_old]) if network == "classifier" else (data.train, None)
+        first = (
+            (data.train[is_old], data.labels[0][is_old]) if network == "classifier" else (data.train, data.labels[0])
+        )
         build = partial(settings.build, network, "residual", depth)
         source = build(data)
 
         def learn(model, seed, network=network, first=first):
-            model.fit(*inputs(network, *first), epochs=settings.epochs, **batch)
+            model.fit(*settings.batches(network, *first), epochs=settings.epochs, **batch)
             return model.get_weights()
 
         cases = [(seed,) for seed in range(settings.repetitions)]
@@ -77,7 +79,7 @@ def measure(settings):
 
             def compile_(model, way=way):
                 rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
-                compile_network("classifier", model, keras.optimizers.Adam(rate, global_clipnorm=200.0))
+                compile_network("classifier", model, AdamW(rate, weight_decay=0.0, global_clipnorm=200.0))
 
             def fit(model, seed, count):
                 rng = np.random.default_rng((seed, count))
