@@ -38,12 +38,12 @@ def exponent(values, costs):
     return above / sum((a - mean_x) ** 2 for a in x)
 
 
-def grow(axis, values, make_config, rounds, steps):
+def grow(axis, values, make_config, rounds, seconds):
     """Rows of the table for one axis; the exponents stand in its last row."""
     rows = []
     for value in values:
         config = make_config(value)
-        (measured,) = measure(f"{axis} {value:g}", config, ["resnet_vae float32"], rounds, steps)
+        (measured,) = measure(f"{axis} {value:g}", config, ["resnet_vae float32"], rounds, seconds)
         rows.append(
             {
                 "axis": axis,
@@ -91,15 +91,15 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"))
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger values than this")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="training steps a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5, help="of a round, about; at least three training steps")
     chosen = parser.parse_args(arguments)
     rows = []
     for axis in chosen.axes:
         _, values, make_config = AXES[axis]
         values = [value for value in values if value <= chosen.most]
         try:
-            rows += grow(axis, values, make_config, chosen.rounds, chosen.steps)
+            rows += grow(axis, values, make_config, chosen.rounds, chosen.seconds)
         except BenchmarkError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

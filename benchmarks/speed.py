@@ -7,6 +7,7 @@ package's batches, on the backend that KERAS_BACKEND names.
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -196,15 +197,20 @@ class Contestant:
         self.process.wait()
 
 
-def measure(case, config, names, rounds, steps):
-    """Rows of the table for one case: the contestants take turns, `rounds` times `steps` training steps each."""
+def measure(case, config, names, rounds, seconds):
+    """Rows of the table for one case: the contestants take `rounds` turns of equally many training steps.
+
+    As many as the quickest does in so many seconds, and at least three: where steps are short, what begins and ends a
+    call of `fit` is not to count for more than it does in an epoch.
+    """
     contestants = []
     try:
-        firsts = {}
+        firsts, fastest = {}, math.inf
         for name in names:
             contestants.append(Contestant(name, config))
             firsts[name] = contestants[-1].ask(1)["seconds"]
-            contestants[-1].ask(2)  # what is tuned at the second step
+            fastest = min(fastest, contestants[-1].ask(3)["seconds"] / 3)  # what is tuned at the second step is now
+        steps = max(3, math.ceil(seconds / fastest))
         answers = {name: [] for name in names}
         for _ in range(rounds):
             for contestant in contestants:
@@ -294,7 +300,7 @@ def main(arguments=None):
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=contestants_here())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=3, help="training steps a turn")
+    parser.add_argument("--seconds", type=float, default=10, help="of the quickest contestant's turn, about")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.work:
@@ -303,7 +309,7 @@ def main(arguments=None):
     rows, failed = [], []
     for case in chosen.cases:
         try:
-            rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.steps)
+            rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.seconds)
         except BenchmarkError as error:
             print(f"error: {case}: {error}; the case is left out", file=sys.stderr)
             failed.append(case)

@@ -10,14 +10,14 @@ set -uo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
-export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-60}
+export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-30}
 export DEPTHS="28 34"
 rm -rf "$runs"
 mkdir -p "$runs" "$folder"
 
 began=$SECONDS
 "$scripts/run_all.sh" "$runs/calm" > "$runs/calm.log" 2>&1 || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
-calm=$((SECONDS - began))
+calm=$((SECONDS - began)) began=$SECONDS
 declare -A sent=([KILL]=0 [TERM]=0 [INT]=0)
 rounds=0 differences=0
 while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
@@ -25,11 +25,11 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
   until [ -f "$sweep/table.md" ]; do
     setsid env --default-signal=INT "$scripts/run_all.sh" "$sweep" >> "$sweep.log" 2>&1 & # a process group of its own, so that all of it dies
     group=$!
-    for _ in $(seq $((RANDOM % (calm * 3)))); do # tenths of a second: at most a third of what the calm sweep took
+    for _ in $(seq $((RANDOM % (calm * 4)))); do # tenths of a second, at most 0.4 of the calm sweep's time
       kill -0 "$group" 2> /dev/null || break
       sleep 0.1
     done
-    signal=$(shuf -n 1 -e KILL TERM INT)
+    signal=$(shuf -n 1 -e KILL KILL TERM INT)
     if kill -s "$signal" -- "-$group" 2> /dev/null; then sent[$signal]=$((sent[$signal] + 1)); fi
     wait "$group" 2> /dev/null
     while pgrep -g "$group" > /dev/null; do sleep 0.1; done

@@ -88,7 +88,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
 
     config = Config(width=1 / 16, latent_dim=4, intermediate_dim=16, batch_size=4, image_shape=(8, 8, 3))
     names = ["resnet_vae float32", "plain Keras float32"]
-    rows = speed.measure("tiny", config, names, rounds=2, steps=1)
+    rows = speed.measure("tiny", config, names, rounds=2, seconds=0)
     speed.write(tmp_path, rows)
     with open(tmp_path / "speed.csv", newline="") as file:
         recorded = list(csv.DictReader(file))
@@ -105,7 +105,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
         speed.main(["--cases", "no such case"])
     monkeypatch.setitem(speed.CONTESTANTS, "nobody", ("torch.nonsense", "float64"))
     with pytest.raises(speed.BenchmarkError, match="nobody ended with exit code 1"):
-        speed.measure("tiny", config, ["nobody"], rounds=1, steps=1)
+        speed.measure("tiny", config, ["nobody"], rounds=1, seconds=0)
 
 
 def test_cost_as_work_grows(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_cost_as_work_grows(tmp_path, monkeypatch):
 
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
-    def measure(case, config, names, rounds, steps):
+    def measure(case, config, names, rounds, seconds):
         cost = config.resnet_depth**1.5
         return [{"images_per_second": config.batch_size / cost, "first_step_seconds": 1.0, "peak_megabytes": cost}]
 

@@ -199,6 +199,16 @@ def test_notebook_of_transfer(tmp_path):
 
 
 @once("the same code on every backend, which the tests of its parts run on each")
+def test_notebook_of_degradation(tmp_path):
+    """Over three seeds: a deeper plain classifier trains worse than a shallower one, a deeper residual one better."""
+    small = {"networks": "classifier", "depths": "8 32", "width": 0.125, "epochs": 4}
+    losses = {(row["kind"], row["depth"]): row for row in run_experiment("degradation", tmp_path, **small)["summary"]}
+    assert {row["seeds"] for row in losses.values()} == {3}
+    assert losses["plain", 32]["lowest"] > losses["plain", 8]["highest"] + 0.1
+    assert losses["residual", 32]["highest"] < losses["residual", 8]["lowest"]
+
+
+@once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_preactivation(tmp_path):
     small = {"depths": 29, "width": 0.0625, "epochs": 1, "batch_size": 256, "repetitions": 1}
     kinds = [row["kind"] for row in run_experiment("preactivation", tmp_path, **small)["summary"]]

@@ -12,7 +12,7 @@ from resnet_vae.vae import build_vae
 
 NETWORKS = ("classifier", "VAE")
 KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}
-SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32"}
+SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 200}
 
 
 class Networks(Experiment):
@@ -31,8 +31,7 @@ class Networks(Experiment):
         options = {"width": self.width, **KINDS[kind], **options}
         if network == "classifier":
             return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
-        options = {**SMALL_VAE, "kl_warmup_steps": 0, **options}
-        return build_vae(Config(resnet_depth=depth, seed=seed, **options), data.image_shape)
+        return build_vae(Config(resnet_depth=depth, seed=seed, **SMALL_VAE | options), data.image_shape)
 
 
 class Trained(Networks):
