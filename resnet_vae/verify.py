@@ -56,7 +56,10 @@ def _record(folder):
         ]
     from resnet_vae.experiments.record import read_tables
 
-    figures = importlib.import_module(f"resnet_vae.experiments.{experiment}").figures(read_tables(folder))
+    try:
+        figures = importlib.import_module(f"resnet_vae.experiments.{experiment}").figures(read_tables(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"{folder} holds a table that lacks something: {type(error).__name__} {error}"]
     pictures = {folder / f"{name}.png": figure for name, figure in figures.items()}
     return [f"{path} {what}" for path, figure in pictures.items() if (what := _picture(path, figure))]
 

@@ -24,7 +24,7 @@ def environment(**settings):
 
 
 def test_notebooks_are_committed_without_outputs():
-    assert len(NOTEBOOKS) == 4
+    assert len(NOTEBOOKS) == 8
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
             assert not cell.get("outputs")
