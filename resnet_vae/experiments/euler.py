@@ -155,6 +155,8 @@ def draw(rows, trained):
     left.loglog(counts, errors, "o-", label="distance from the solution")
     left.loglog(counts, [errors[0] * counts[0] / count for count in counts], "k:", label="order 1")
     left.set(xlabel="layers (each a step of 1 / layers)", ylabel="error", title="Euler steps and the equation")
+    left.set_xticks(counts, [str(count) for count in counts])
+    left.minorticks_off()
     left.legend(frameon=False)
     kinds = ("fixed", "learned")
     for seed in sorted({row["seed"] for row in trained}):

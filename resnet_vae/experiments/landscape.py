@@ -202,24 +202,26 @@ def draw_lines(rows):
 def draw_surfaces(rows):
     """A panel a network: the loss over the random plane as a surface."""
     networks = _each(rows)
-    figure = Figure(figsize=(3.6 * len(networks), 3.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(networks), 4), layout="constrained")
+    figure.suptitle("log10 of the loss in nats, over two random directions in lengths of the filters")
     for number, (title, own) in enumerate(networks, start=1):
         axes = figure.add_subplot(1, len(networks), number, projection="3d")
         axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200)
-        axes.set(title=title, xlabel="first direction", ylabel="second direction", zlabel="log10 of the loss, nats")
-        axes.set_box_aspect(None, zoom=0.85)
+        axes.set(title=title, xlabel="first direction", ylabel="second direction")
+        axes.set_box_aspect(None, zoom=0.8)
     return figure
 
 
 def draw_contours(rows, paths):
     """A column a network: the random plane above, below it the plane of the training's path, with the path."""
     networks = list(zip(_each(rows), _each(paths), strict=True))
-    figure = Figure(figsize=(3.6 * len(networks), 6.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(networks), 6.8), layout="constrained")
+    figure.suptitle("log10 of the loss in nats")
     grid = figure.subplots(2, len(networks), squeeze=False)
     for (above, below), ((title, own), (_, path)) in zip(grid.T, networks, strict=True):
         for axes, plane in ((above, "random"), (below, "path")):
-            filled = axes.contourf(*_grid(own, plane), levels=20, cmap="viridis")
-            figure.colorbar(filled, ax=axes, format="%.2f", label="log10 of the loss, nats")
+            filled = axes.contourf(*_grid(own, plane), levels=20)
+            figure.colorbar(filled, ax=axes)
         above.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)
