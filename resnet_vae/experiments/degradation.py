@@ -24,18 +24,17 @@ Words = BeforeValidator(parse_words)
 class Degradation(Trained):
     """Settings of the experiment."""
 
-    networks: Annotated[tuple[Literal[NETWORKS], ...], Words, Field(min_length=1)] = NETWORKS
+    networks: Annotated[tuple[Literal[NETWORKS], ...], Words, Field(min_length=1)] = ("classifier",)
     kinds: Annotated[tuple[Literal[tuple(KINDS)], ...], Words, Field(min_length=1)] = ("plain", "residual")
-    depths: Numbers = Field((8, 44), description="layers of the classifiers, 6n + 2 or 9n + 2")
-    vae_depths: Numbers = Field((28, 148), description="layers of the VAEs, 6 × blocks + 4")
+    depths: Numbers = Field((8, 32), description="layers of the classifiers, 6n + 2 or 9n + 2")
+    vae_depths: Numbers = Field((28, 76), description="layers of the VAEs, 6 × blocks + 4")
     repetitions: int = Field(3, ge=1, description="networks of each kind, a seed each")
-    epochs: int = Field(6, ge=1, description="passes over the training images")
+    epochs: int = Field(5, ge=1, description="passes over the training images")
 
 
 class Preactivation(Degradation):
     """Settings of the same with other defaults: the classifier of 164 layers, post- against pre-activated."""
 
-    networks: Annotated[tuple[Literal[NETWORKS], ...], Words, Field(min_length=1)] = ("classifier",)
     kinds: Annotated[tuple[Literal[tuple(KINDS)], ...], Words, Field(min_length=1)] = ("residual", "pre-activation")
     depths: Numbers = Field((164,), description="layers of the classifiers, 6n + 2 or 9n + 2")
     repetitions: int = Field(2, ge=1, description="networks of each kind, a seed each")
