@@ -1,6 +1,7 @@
 """The experiments' mathematics against automatic differentiation and SciPy."""
 
 import json
+from functools import partial
 
 import keras
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from conftest import once
 
 from resnet_vae import build_classifier
+from resnet_vae.data import Data
 from resnet_vae.experiments import euler, gradients, landscape
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
+from resnet_vae.experiments.networks import NETWORKS, Trained, train_each
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
 
@@ -130,6 +133,26 @@ def test_the_probe_holds_the_gradients():
     loop = model.get_layer("stage1_blocks")
     kernel = next(place for place, weight in enumerate(model.trainable_weights) if weight is loop.stacks[0])
     assert norms[0] == pytest.approx(np.linalg.norm(kept[kernel][0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_trained_after_others_is_what_it_is_alone(network):
+    """Weights, noise, optimizer: nothing of the networks before it is left."""
+    settings = Trained(width=0.0625, batch_size=8, learning_rate=0.01)
+    images, labels = RNG.integers(0, 256, (16, 8, 8, 1), "uint8"), np.arange(16) % 3
+    data = Data("made up", images, images, images, "", (labels,) * 3, ("0", "1", "2"))
+    depth = {"classifier": 8, "VAE": 28}[network]
+
+    def fit(model, seed):
+        history = model.fit(
+            *settings.batches(network, images, labels), epochs=2, batch_size=8, shuffle=False, verbose=0
+        )
+        return history.history["loss"]
+
+    build, compile_ = partial(settings.build, network, "residual", depth, data), partial(settings.compile, network)
+    first, other, again = train_each(build, compile_, fit, [(0,), (1,), (0,)])
+    assert again == pytest.approx(first, rel=1e-5)
+    assert other != pytest.approx(first, rel=1e-5)
 
 
 def filters_one_by_one(model, arrays):

@@ -1,6 +1,7 @@
 """The small classifiers and VAEs that the experiments compare: equal layers, and plain, residual or pre-activated."""
 
 import keras
+import numpy as np
 from pydantic import Field
 
 from resnet_vae.classifiers import build_classifier
@@ -21,9 +22,9 @@ class Networks(Experiment):
     dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
     width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
 
-    def load(self):
-        """The data, with labels: training and test images."""
-        return labelled(load_data(Config(dataset=self.dataset, validation="test")))
+    def load(self, image_shape=None):
+        """The data, with labels: training and test images, brought to a shape if one is given."""
+        return labelled(load_data(Config(dataset=self.dataset, validation="test", image_shape=image_shape)))
 
     def build(self, network, kind, depth, data, seed=0, **options):
         """Build one of NETWORKS of one of KINDS; further options are of `build_classifier` or of `Config`."""
@@ -40,9 +41,9 @@ class Trained(Networks):
     batch_size: int = Field(64, ge=1, description="images a step")
     learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
 
-    def compile(self, network, model):
-        """Compile one of NETWORKS with Adam and a limit on the gradient."""
-        compile_network(network, model, AdamW(self.learning_rate, weight_decay=0.0, global_clipnorm=200.0))
+    def compile(self, network, model, rate=None):
+        """Compile one of NETWORKS with Adam, by default at the settings' rate, and a limit on the gradient."""
+        compile_network(network, model, AdamW(rate or self.learning_rate, weight_decay=0.0, global_clipnorm=200.0))
 
     def batches(self, network, images, labels):
         """What `fit` takes of uint8 images and labels, as many as fill whole batches: see `inputs`."""
@@ -61,7 +62,7 @@ def compile_network(network, model, optimizer):
 
 def inputs(network, images, labels):
     """What `fit` of one of NETWORKS takes of uint8 images: floats in [0, 1] and labels, or the images alone."""
-    return (images.astype("float32") / 255, labels) if network == "classifier" else (images,)
+    return (images / np.float32(255), labels) if network == "classifier" else (images,)
 
 
 def train_each(build, compile_, fit, cases):
@@ -81,8 +82,15 @@ def train_each(build, compile_, fit, cases):
 
 
 def _restart(model, fresh):
-    """Give a compiled model the weights of a fresh one and let its optimizer forget."""
-    model.set_weights(fresh.get_weights())
+    """Give a compiled model the weights and the noise of a fresh one, and let its optimizer forget."""
+    for variable, value in zip(_state(model), _state(fresh), strict=True):
+        variable.assign(value)
     for variable in model.optimizer.variables:
         if variable.name != "learning_rate":
             variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
+
+
+def _state(model):
+    """All variables of a model, those of its noise among them, which its weights are without, and no metric's."""
+    metrics = {id(variable) for variable in model.metrics_variables}
+    return [variable for variable in model.variables if id(variable) not in metrics]

@@ -11,11 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from resnet_vae.config import Config
-from resnet_vae.data import labelled, load_data
-from resnet_vae.experiments.networks import NETWORKS, Trained, compile_network, inputs, train_each
+from resnet_vae.experiments.networks import NETWORKS, Trained, inputs, train_each
 from resnet_vae.experiments.record import Numbers, write_experiment
-from resnet_vae.optimizer import AdamW
 from resnet_vae.transfer import adapt, take_over
 
 WAYS = {"scratch": "tab:gray", "frozen": "tab:orange", "fine-tuned": "tab:blue"}  # and their colours
@@ -43,8 +40,7 @@ def measure(settings):
     """Rows: network, way, labelled images of a class, seed, accuracy on the test images of the new classes."""
     data = new = settings.load()
     if settings.channels:
-        shape = (*data.image_shape[:2], settings.channels)
-        new = labelled(load_data(Config(dataset=settings.dataset, validation="test", image_shape=shape)))
+        new = settings.load((*data.image_shape[:2], settings.channels))
     half = len(data.classes) // 2
     old_classes, new_classes = range(half), range(half, len(data.classes))
     is_old = np.isin(data.labels[0], old_classes)
@@ -53,9 +49,8 @@ def measure(settings):
     batch = {"batch_size": settings.batch_size, "verbose": 0}
     rows = []
     for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
-        first = (
-            (data.train[is_old], data.labels[0][is_old]) if network == "classifier" else (data.train, data.labels[0])
-        )
+        known = is_old if network == "classifier" else slice(None)
+        first = data.train[known], data.labels[0][known]
         build = partial(settings.build, network, "residual", depth)
         source = build(data)
 
@@ -77,10 +72,6 @@ def measure(settings):
                     take_over(model, trained)
                 return adapt(model, len(new_classes), frozen=way == "frozen", batch_statistics=way == "scratch")
 
-            def compile_(model, way=way):
-                rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
-                compile_network("classifier", model, AdamW(rate, weight_decay=0.0, global_clipnorm=200.0))
-
             def fit(model, seed, count):
                 rng = np.random.default_rng((seed, count))
                 few = choose(new.labels[0], new_classes, count, rng)
@@ -89,6 +80,8 @@ def measure(settings):
                 accuracy = model.evaluate(*test, verbose=0, return_dict=True)["accuracy"]
                 return {"labels": count, "seed": seed, "accuracy": accuracy}
 
+            rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
+            compile_ = partial(settings.compile, "classifier", rate=rate)
             cases = [(seed, count) for count in settings.labels for seed in range(settings.repetitions)]
             rows += [{"network": network, "way": way, **row} for row in train_each(begin, compile_, fit, cases)]
             print(f"{network}, {way}: done", flush=True)
