@@ -22,7 +22,10 @@ def reconstruction_loss(images, reconstructions):
     """
     axes = tuple(range(1, len(images.shape)))
     images, reconstructions = ops.cast(images, "float32"), ops.cast(reconstructions, "float32")
-    return ops.sum(ops.binary_crossentropy(images, reconstructions), axis=axes)
+    if keras.backend.backend() != "torch":
+        return ops.sum(ops.binary_crossentropy(images, reconstructions), axis=axes)
+    chances = ops.clip(reconstructions, 1e-7, 1 - 1e-7)  # PyTorch's own refuses NaN, which is divergence and told so
+    return -ops.sum(images * ops.log(chances) + (1 - images) * ops.log1p(-chances), axis=axes)
 
 
 def kl_divergence(mean, log_var):
