@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import BeforeValidator, Field
 
 from resnet_vae.config import parse_words
-from resnet_vae.experiments.networks import KINDS, NETWORKS, Trained, inputs, train_each
+from resnet_vae.experiments.networks import KINDS, LOSSES, NETWORKS, Trained, inputs, train_each
 from resnet_vae.experiments.record import Numbers, write_experiment
 
 Words = BeforeValidator(parse_words)
@@ -134,5 +134,5 @@ def draw(rows):
             axes.set(title=f"{network}, {kind}", xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False, fontsize=8)
-        across[0].set_ylabel("error, share of images" if column == "error" else "loss, nats per image")
+        across[0].set_ylabel("error, share of images" if column == "error" else LOSSES[network])
     return figure

@@ -11,7 +11,7 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from resnet_vae.experiments.networks import NETWORKS, Trained, inputs
+from resnet_vae.experiments.networks import LOSSES, NETWORKS, Trained, inputs
 from resnet_vae.experiments.record import write_experiment
 
 PLANES = ("random", "path")
@@ -193,9 +193,9 @@ def draw_lines(rows):
         for kind, color in COMPARED.items():
             own = [row for row in rows if (row["network"], row["kind"]) == (network, kind)]
             axes.semilogy([row["x"] for row in own], [row["loss"] for row in own], color=color, label=kind)
-        axes.set(title=network, xlabel="along a random direction, in lengths of the filters")
+        axes.set(title=f"{network}, training images", ylabel=LOSSES[network])
+        axes.set_xlabel("along a random direction, in lengths of the filters")
         axes.legend(frameon=False)
-    figure.axes[0].set_ylabel("training loss, nats an image")
     return figure
 
 

@@ -5,26 +5,30 @@ import numpy as np
 from pydantic import Field
 
 from resnet_vae.classifiers import build_classifier
-from resnet_vae.config import Config
+from resnet_vae.config import Config, Shape
 from resnet_vae.data import labelled, load_data
 from resnet_vae.experiments.record import Experiment
 from resnet_vae.optimizer import AdamW, prepare
 from resnet_vae.vae import build_vae
 
-NETWORKS = ("classifier", "VAE")
+LOSSES = {"classifier": "cross-entropy, nats an image", "VAE": "reconstruction + beta × KL, nats an image"}
 KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}
-SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 200}
+NETWORKS = tuple(LOSSES)
+SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 0}
 
 
 class Networks(Experiment):
     """Settings of experiments with these networks."""
 
     dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
+    image_shape: Shape | None = Field(None, description="images are brought to it (none: as the data set has them)")
     width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
+    beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
 
     def load(self, image_shape=None):
-        """The data, with labels: training and test images, brought to a shape if one is given."""
-        return labelled(load_data(Config(dataset=self.dataset, validation="test", image_shape=image_shape)))
+        """The data, with labels: training and test images, brought to a shape if one is given or set."""
+        shape = image_shape or self.image_shape
+        return labelled(load_data(Config(dataset=self.dataset, validation="test", image_shape=shape)))
 
     def build(self, network, kind, depth, data, seed=0, **options):
         """Build one of NETWORKS of one of KINDS; further options are of `build_classifier` or of `Config`."""
@@ -32,7 +36,8 @@ class Networks(Experiment):
         options = {"width": self.width, **KINDS[kind], **options}
         if network == "classifier":
             return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
-        return build_vae(Config(resnet_depth=depth, seed=seed, **SMALL_VAE | options), data.image_shape)
+        config = Config(resnet_depth=depth, seed=seed, beta=self.beta, **SMALL_VAE | options)
+        return build_vae(config, data.image_shape)
 
 
 class Trained(Networks):
