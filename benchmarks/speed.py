@@ -35,6 +35,7 @@ CPU_CASES = list(CASES)[:4]
 CONTESTANTS = {  # who trains it: the library, its options, the precision
     "resnet_vae float32": ("ours", "float32"),
     "resnet_vae bfloat16": ("ours", "mixed_bfloat16"),
+    "resnet_vae float32, DETERMINISTIC=0": ("ours, not deterministic", "float32"),
     "plain Keras float32": ("plain", "float32"),
     "PyTorch eager float32": ("torch", "float32"),
     "PyTorch eager bfloat16": ("torch", "mixed_bfloat16"),
@@ -86,7 +87,7 @@ def make_training(library, config):
     import numpy as np
 
     from resnet_vae.optimizer import compile_vae
-    from resnet_vae.training import Batches
+    from resnet_vae.training import Batches, be_deterministic
 
     pool = np.random.default_rng(0).integers(0, 256, (2 * config.batch_size, *config.image_shape), "uint8")
 
@@ -127,6 +128,8 @@ def make_training(library, config):
     if library == "plain":
         blocks.ResidualBlock.call = blocks.ResidualBlock.plain
         BatchNormalization.call = keras.layers.BatchNormalization.call
+    if library == "ours":  # the default of DETERMINISTIC
+        be_deterministic()
     vae = build_vae(config)
     if library == "plain":
         rate, clip = config.learning_rate, config.clip_norm
@@ -235,7 +238,7 @@ def measure(case, config, names, rounds, seconds):
             "peak_megabytes": answers[name][-1]["peak"],
         }
         rows.append(row)
-        print(f"{case:<28}{name:<28}{speed:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
+        print(f"{case:<28}{name:<36}{speed:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
     return rows
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from resnet_vae.config import Config, UserError
+from resnet_vae.experiments.settings import EXPERIMENTS
 
 
 def _add_fields(parser):
@@ -28,7 +29,9 @@ def _parser():
             added.add_argument("-o", "--output", type=Path, metavar="PNG", help="the picture (default: in the run)")
         return added
 
-    command("config", "print the settings: values, where they come from, what they mean", fields=True)
+    config = command("config", "print the settings: values, where they come from, what they mean", fields=True)
+    told = f"whose settings: {', '.join(EXPERIMENTS)}, or by default a VAE's"
+    config.add_argument("notebook", nargs="?", default="resnet_vae", metavar="NOTEBOOK", help=told)
     command("train", "train a VAE and draw its pictures", fields=True)
     command("finished", "exit 0 if the run's folder holds a finished run of these settings, else 3", fields=True)
     command("sample", "draw images generated from the prior", run=True)
@@ -46,16 +49,16 @@ def _parser():
     return parser
 
 
-def _configuration(arguments):
+def _configuration(arguments, settings=Config):
     flags = {name: value for name, value in vars(arguments).items() if name in Config.model_fields}
-    return Config.from_env(**{name: value for name, value in flags.items() if value is not None})
+    return settings.from_env(**{name: value for name, value in flags.items() if value is not None})
 
 
 def _config(arguments):
-    config = _configuration(arguments)
-    print(config.describe())
+    settings = EXPERIMENTS.get(Path(arguments.notebook).stem, Config)
+    print(_configuration(arguments, settings).describe())
     print()
-    for name, field in Config.model_fields.items():
+    for name, field in settings.model_fields.items():
         print(f"{name.upper():<20}{field.description}")
 
 

@@ -122,7 +122,11 @@ def parse_words(value):
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-Augmentations = Annotated[tuple[Literal[AUGMENTATIONS], ...], BeforeValidator(parse_words)]
+def _parse_augmentations(value):
+    return () if value == "none" else parse_words(value)
+
+
+Augmentations = Annotated[tuple[Literal[AUGMENTATIONS], ...], BeforeValidator(_parse_augmentations)]
 Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
@@ -219,7 +223,7 @@ class Config(Settings):
         description="height, width, channels, as 64x64x3; images are brought to it (none: as the data set has them)",
     )
     augment: Augmentations = Field(
-        (), description="what is done to training images at random: flip, shift, color, or several of them"
+        (), description="what is done to training images at random: flip, shift, color, as flip,shift; none: nothing"
     )
     validation: Literal["holdout", "test"] = Field(
         "holdout",

@@ -411,11 +411,17 @@ def train(config, data=None):
     return folder
 
 
-def _train(config, data, folder):
-    if config.deterministic and keras.backend.backend() == "tensorflow":
+def be_deterministic():
+    """From here on compute the same bits each time: on TensorFlow this has to be asked for."""
+    if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
+
+
+def _train(config, data, folder):
+    if config.deterministic:
+        be_deterministic()
     print(config.describe())
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     training = Training(config, data, folder)

@@ -14,7 +14,7 @@ name=$(basename "$1")
 export OUTDIR=${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}
 export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 export NOTEBOOK_FOLDER=$OUTDIR
-"${PYTHON:-python}" -m resnet_vae config > /dev/null # a mistake in the settings is told here, in one message
+"${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message
 mkdir -p "$OUTDIR"
 config=$(dirname "${BASH_SOURCE[0]}")/nbconvert_config.py
 exec "${PYTHON:-python}" -m jupyter nbconvert --config "$config" --log-level=WARN --to notebook --execute "$1" \

@@ -29,7 +29,7 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
       kill -0 "$group" 2> /dev/null || break
       sleep 0.1
     done
-    signal=$(shuf -n 1 -e KILL KILL TERM INT)
+    signal=$(shuf -n 1 -e KILL KILL KILL TERM INT)
     if kill -s "$signal" -- "-$group" 2> /dev/null; then sent[$signal]=$((sent[$signal] + 1)); fi
     wait "$group" 2> /dev/null
     while pgrep -g "$group" > /dev/null; do sleep 0.1; done

@@ -45,6 +45,11 @@ def test_the_posts_own_numbers_are_explained():
             Config(resnet_depth=number)
 
 
+def test_words_are_apart_by_blanks_or_commas_and_none_is_no_word():
+    told = ("flip,shift", "flip shift", "none", "")
+    assert [Config.from_env({"AUGMENT": text}).augment for text in told] == [("flip", "shift")] * 2 + [()] * 2
+
+
 BAD = {
     "PRESET": "postt",
     "DATASET": None,

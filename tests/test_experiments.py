@@ -13,7 +13,8 @@ from resnet_vae.data import Data
 from resnet_vae.experiments import euler, gradients, landscape
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
-from resnet_vae.experiments.networks import NETWORKS, Trained, train_each
+from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, train_each
+from resnet_vae.experiments.settings import NETWORKS, Trained
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
 
@@ -145,11 +146,12 @@ def test_a_network_trained_after_others_is_what_it_is_alone(network):
 
     def fit(model, seed):
         history = model.fit(
-            *settings.batches(network, images, labels), epochs=2, batch_size=8, shuffle=False, verbose=0
+            *batches(settings, network, images, labels), epochs=2, batch_size=8, shuffle=False, verbose=0
         )
         return history.history["loss"]
 
-    build, compile_ = partial(settings.build, network, "residual", depth, data), partial(settings.compile, network)
+    build = partial(build_network, settings, network, "residual", depth, data)
+    compile_ = partial(compile_network, network, optimizer=adam(settings))
     first, other, again = train_each(build, compile_, fit, [(0,), (1,), (0,)])
     assert again == pytest.approx(first, rel=1e-5)
     assert other != pytest.approx(first, rel=1e-5)

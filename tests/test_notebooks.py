@@ -245,12 +245,16 @@ def test_run_notebook_tells_mistakes_before_it_starts(tmp_path):
     script = HOME / "scripts" / "run_notebook.sh"
     missing = subprocess.run([script, "no.ipynb"], capture_output=True, text=True, check=False, env=environment())
     assert (missing.returncode, "no.ipynb is no file" in missing.stderr) == (2, True)
-    bad = subprocess.run(
-        [script, NOTEBOOKS[0], tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(beta="much"),
-    )
-    assert (bad.returncode, "beta is 'much'" in bad.stderr) == (2, True)
-    assert not (tmp_path / "out").exists()
+    for name, bad, told in (
+        ("resnet_vae", {"latent_dim": "some"}, "latent_dim is 'some'"),
+        ("degradation", {"depths": "8 9"}, "depths is '8 9': expected 6n + 2 or 9n + 2 layers"),
+    ):
+        done = subprocess.run(
+            [script, HOME / "notebooks" / f"{name}.ipynb", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(**bad),
+        )
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+        assert not (tmp_path / "out").exists()

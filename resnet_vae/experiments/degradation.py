@@ -7,60 +7,49 @@ several seeds. And, as one more kind of network, the comparison of "Identity Map
 """
 
 from functools import partial
-from typing import Annotated, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pydantic import BeforeValidator, Field
 
-from resnet_vae.config import parse_words
-from resnet_vae.experiments.networks import KINDS, LOSSES, NETWORKS, Trained, inputs, train_each
-from resnet_vae.experiments.record import Numbers, write_experiment
-
-Words = BeforeValidator(parse_words)
-
-
-class Degradation(Trained):
-    """Settings of the experiment."""
-
-    networks: Annotated[tuple[Literal[NETWORKS], ...], Words, Field(min_length=1)] = ("classifier",)
-    kinds: Annotated[tuple[Literal[tuple(KINDS)], ...], Words, Field(min_length=1)] = ("plain", "residual")
-    depths: Numbers = Field((8, 32), description="layers of the classifiers, 6n + 2 or 9n + 2")
-    vae_depths: Numbers = Field((28, 76), description="layers of the VAEs, 6 × blocks + 4")
-    repetitions: int = Field(3, ge=1, description="networks of each kind, a seed each")
-    epochs: int = Field(5, ge=1, description="passes over the training images")
-
-
-class Preactivation(Degradation):
-    """Settings of the same with other defaults: the classifier of 164 layers, post- against pre-activated."""
-
-    kinds: Annotated[tuple[Literal[tuple(KINDS)], ...], Words, Field(min_length=1)] = ("residual", "pre-activation")
-    depths: Numbers = Field((164,), description="layers of the classifiers, 6n + 2 or 9n + 2")
-    repetitions: int = Field(2, ge=1, description="networks of each kind, a seed each")
-    epochs: int = Field(3, ge=1, description="passes over the training images")
+from resnet_vae.experiments.networks import (
+    LOSSES,
+    adam,
+    batches,
+    build_network,
+    compile_network,
+    inputs,
+    load_labelled,
+    train_each,
+)
+from resnet_vae.experiments.record import write_experiment
 
 
 def measure(settings):
-    """Rows: network, kind, depth, seed, epoch, and training and test figures: loss, and a classifier's error."""
-    data, rows = settings.load(), []
+    """Rows: network, kind, depth, seed, epoch, and training and test figures: loss, and a classifier's error.
+
+    Args:
+        settings: a `Degradation` or `Preactivation`.
+    """
+    data, rows = load_labelled(settings), []
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
     for network in settings.networks:
-        training = settings.batches(network, data.train, data.labels[0])
+        training = batches(settings, network, data.train, data.labels[0])
         test = inputs(network, data.test, data.labels[2])
         for depth in settings.depths if network == "classifier" else settings.vae_depths:
             for kind in settings.kinds:
                 named = {"network": network, "kind": kind, "depth": depth}
 
                 def build(seed, network=network, kind=kind, depth=depth):
-                    return settings.build(network, kind, depth, data, seed)
+                    return build_network(settings, network, kind, depth, data, seed)
 
                 def fit(model, seed, named=named, training=training, test=test):
                     history = model.fit(*training, validation_data=test, **options).history
                     return [{**named, "seed": seed, **row} for row in _epochs(history)]
 
+                compile_ = partial(compile_network, network, optimizer=adam(settings))
                 seeds = ((seed,) for seed in range(settings.repetitions))
-                for more in train_each(build, partial(settings.compile, network), fit, seeds):
+                for more in train_each(build, compile_, fit, seeds):
                     rows += more
                 print(f"{network}, {kind}, depth {depth}: done", flush=True)
     return rows
@@ -105,7 +94,7 @@ def run(settings):
     """Measure, and write epochs.csv, summary.csv and learning.png into the settings' folder, which is returned."""
     rows = measure(settings)
     tables = {"epochs": rows, "summary": summarize(rows)}
-    return write_experiment(settings, tables, figures(tables))
+    return write_experiment(settings, tables, figures)
 
 
 def figures(tables):

@@ -9,22 +9,10 @@ import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
-from pydantic import Field
 
 from resnet_vae.experiments.chain import Chain
-from resnet_vae.experiments.record import Experiment, write_experiment
+from resnet_vae.experiments.record import write_experiment
 from resnet_vae.normalization import PACKAGE
-
-
-class Euler(Experiment):
-    """Settings of the experiment."""
-
-    finest: int = Field(512, ge=16, le=2**16, description="layers of the deepest chain; each has twice the last one's")
-    width: int = Field(8, ge=1, le=1024, description="of the vectors")
-    layers: int = Field(8, ge=1, le=1024, description="layers of the trained networks")
-    repetitions: int = Field(5, ge=1, description="trained networks of each kind, a seed each")
-    epochs: int = Field(60, ge=1, description="passes over the training points")
-    points: int = Field(600, ge=10, description="training points of the two spirals, and as many to test on")
 
 
 def field(width, seed=0):
@@ -139,7 +127,7 @@ def run(settings):
         train_on_spirals(settings, seed, learned) for seed in range(settings.repetitions) for learned in (False, True)
     ]
     tables = {"euler": rows, "spirals": trained}
-    return write_experiment(settings, tables, figures(tables))
+    return write_experiment(settings, tables, figures)
 
 
 def figures(tables):

@@ -9,23 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
-from pydantic import Field
 
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.experiments.chain import random_chain
-from resnet_vae.experiments.networks import NETWORKS, Networks, compile_network, inputs
-from resnet_vae.experiments.record import Numbers, write_experiment
+from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled
+from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.normalization import PACKAGE
-
-
-class Gradients(Networks):
-    """Settings of the experiment."""
-
-    depths: Numbers = Field((10, 30, 100), description="layers of the chains")
-    classifier_depths: Numbers = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
-    vae_depths: Numbers = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
-    batch_size: int = Field(32, ge=2, description="images")
-    seed: int = Field(0, ge=0, description="of the weights")
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -99,14 +89,14 @@ def measure(settings):
             for residual in (False, True):
                 kind = "residual" if residual else "plain"
                 add(f"chain, weights × {factor}", kind, depth, of_chain(depth, 16, factor, residual, settings.seed))
-    data = settings.load()
+    data = load_labelled(settings)
     batch = data.train[: settings.batch_size], data.labels[0][: settings.batch_size]
     for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
         # Not the VAE's own initialisation, under which most gradients begin at zero; and the KL at its full weight.
         options = {} if network == "classifier" else {"initialization": "published", "kl_warmup_steps": 0}
         for kind in ("plain", "residual"):
             for depth in depths:
-                model = settings.build(network, kind, depth, data, settings.seed, **options)
+                model = build_network(settings, network, kind, depth, data, settings.seed, **options)
                 add(network, kind, depth, of_network(network, model, *batch))
     return rows
 
@@ -114,7 +104,7 @@ def measure(settings):
 def run(settings):
     """Measure, and write gradients.csv and gradients.png into the settings' folder, which is returned."""
     tables = {"gradients": measure(settings)}
-    return write_experiment(settings, tables, figures(tables))
+    return write_experiment(settings, tables, figures)
 
 
 def figures(tables):

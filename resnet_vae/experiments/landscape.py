@@ -9,25 +9,21 @@ import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
-from pydantic import Field
 
-from resnet_vae.experiments.networks import LOSSES, NETWORKS, Trained, inputs
+from resnet_vae.experiments.networks import (
+    LOSSES,
+    adam,
+    batches,
+    build_network,
+    compile_network,
+    inputs,
+    load_labelled,
+)
 from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.settings import NETWORKS
 
 PLANES = ("random", "path")
 COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # kinds, and their colours
-
-
-class Landscape(Trained):
-    """Settings of the experiment."""
-
-    depth: int = Field(56, description="layers of the classifiers, 6n + 2")
-    vae_depth: int = Field(100, description="layers of the VAEs, 6 × blocks + 4")
-    epochs: int = Field(8, ge=2, description="passes over the training images")
-    points: int = Field(9, ge=3, description="on each side of a surface; an odd number has the network in the middle")
-    reach: float = Field(1.0, gt=0, description="of lines and surfaces, in lengths of the network's own filters")
-    images: int = Field(200, ge=1, description="training images on which the loss is taken")
-    seed: int = Field(0, ge=0, description="of weights and directions")
 
 
 def kernels(model):
@@ -111,13 +107,13 @@ def train(settings, network, kind, data):
         The model, a function that tells its loss on a few training images, and its positions from start to end.
     """
     depth = settings.depth if network == "classifier" else settings.vae_depth
-    model = settings.build(network, kind, depth, data, settings.seed)
-    settings.compile(network, model)
+    model = build_network(settings, network, kind, depth, data, settings.seed)
+    compile_network(network, model, adam(settings))
     positions = [position(model)]
     remember = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: positions.append(position(model)))
     images, labels = data.train, data.labels[0]
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
-    model.fit(*settings.batches(network, images, labels), callbacks=[remember], **options)
+    model.fit(*batches(settings, network, images, labels), callbacks=[remember], **options)
     few = inputs(network, images[: settings.images], labels[: settings.images])
 
     def loss():
@@ -129,7 +125,7 @@ def train(settings, network, kind, data):
 def measure(settings):
     """Rows of the surfaces, of the lines and of the paths, by these names."""
     tables = {"surfaces": [], "lines": [], "paths": []}
-    data, ends = settings.load(), np.linspace(-settings.reach, settings.reach, settings.points)
+    data, ends = load_labelled(settings), np.linspace(-settings.reach, settings.reach, settings.points)
     fine = np.linspace(-settings.reach, settings.reach, 4 * settings.points + 1)
     for network in NETWORKS:
         for kind in COMPARED:
@@ -160,7 +156,7 @@ def _numbers(names, values):
 def run(settings):
     """Measure, and write the three tables and the three figures into the settings' folder, which is returned."""
     tables = measure(settings)
-    return write_experiment(settings, tables, figures(tables))
+    return write_experiment(settings, tables, figures)
 
 
 def figures(tables):

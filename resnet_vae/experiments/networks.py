@@ -2,58 +2,36 @@
 
 import keras
 import numpy as np
-from pydantic import Field
 
 from resnet_vae.classifiers import build_classifier
-from resnet_vae.config import Config, Shape
+from resnet_vae.config import Config
 from resnet_vae.data import labelled, load_data
-from resnet_vae.experiments.record import Experiment
+from resnet_vae.experiments.settings import KINDS
 from resnet_vae.optimizer import AdamW, prepare
 from resnet_vae.vae import build_vae
 
 LOSSES = {"classifier": "cross-entropy, nats an image", "VAE": "reconstruction + beta × KL, nats an image"}
-KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}
-NETWORKS = tuple(LOSSES)
 SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 0}
 
 
-class Networks(Experiment):
-    """Settings of experiments with these networks."""
-
-    dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
-    image_shape: Shape | None = Field(None, description="images are brought to it (none: as the data set has them)")
-    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
-    beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
-
-    def load(self, image_shape=None):
-        """The data, with labels: training and test images, brought to a shape if one is given or set."""
-        shape = image_shape or self.image_shape
-        return labelled(load_data(Config(dataset=self.dataset, validation="test", image_shape=shape)))
-
-    def build(self, network, kind, depth, data, seed=0, **options):
-        """Build one of NETWORKS of one of KINDS; further options are of `build_classifier` or of `Config`."""
-        keras.utils.set_random_seed(seed)
-        options = {"width": self.width, **KINDS[kind], **options}
-        if network == "classifier":
-            return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
-        config = Config(resnet_depth=depth, seed=seed, beta=self.beta, **SMALL_VAE | options)
-        return build_vae(config, data.image_shape)
+def load_labelled(settings, image_shape=None):
+    """The data, with labels: training and test images, brought to a shape if one is given or set."""
+    shape = image_shape or settings.image_shape
+    return labelled(load_data(Config(dataset=settings.dataset, validation="test", image_shape=shape)))
 
 
-class Trained(Networks):
-    """Settings of experiments that train them."""
+def build_network(settings, network, kind, depth, data, seed=0, **options):
+    """Build one of NETWORKS of one of KINDS; further options are of `build_classifier` or of `Config`."""
+    keras.utils.set_random_seed(seed)
+    options = {"width": settings.width, **KINDS[kind], **options}
+    if network == "classifier":
+        return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
+    return build_vae(Config(resnet_depth=depth, seed=seed, beta=settings.beta, **SMALL_VAE | options), data.image_shape)
 
-    batch_size: int = Field(64, ge=1, description="images a step")
-    learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
 
-    def compile(self, network, model, rate=None):
-        """Compile one of NETWORKS with Adam, by default at the settings' rate, and a limit on the gradient."""
-        compile_network(network, model, AdamW(rate or self.learning_rate, weight_decay=0.0, global_clipnorm=200.0))
-
-    def batches(self, network, images, labels):
-        """What `fit` takes of uint8 images and labels, as many as fill whole batches: see `inputs`."""
-        whole = max(1, len(images) // self.batch_size) * self.batch_size  # a smaller batch would be traced anew
-        return inputs(network, images[:whole], labels[:whole])
+def adam(settings, rate=None):
+    """Adam, by default at the settings' rate, with a limit on the gradient."""
+    return AdamW(rate or settings.learning_rate, weight_decay=0.0, global_clipnorm=200.0)
 
 
 def compile_network(network, model, optimizer):
@@ -68,6 +46,12 @@ def compile_network(network, model, optimizer):
 def inputs(network, images, labels):
     """What `fit` of one of NETWORKS takes of uint8 images: floats in [0, 1] and labels, or the images alone."""
     return (images / np.float32(255), labels) if network == "classifier" else (images,)
+
+
+def batches(settings, network, images, labels):
+    """The `inputs` of as many images as fill whole batches: a smaller one would be traced anew."""
+    whole = max(1, len(images) // settings.batch_size) * settings.batch_size
+    return inputs(network, images[:whole], labels[:whole])
 
 
 def train_each(build, compile_, fit, cases):

@@ -9,26 +9,21 @@ from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
-from pydantic import Field
 
-from resnet_vae.experiments.networks import NETWORKS, Trained, inputs, train_each
-from resnet_vae.experiments.record import Numbers, write_experiment
+from resnet_vae.experiments.networks import (
+    adam,
+    batches,
+    build_network,
+    compile_network,
+    inputs,
+    load_labelled,
+    train_each,
+)
+from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.transfer import adapt, take_over
 
 WAYS = {"scratch": "tab:gray", "frozen": "tab:orange", "fine-tuned": "tab:blue"}  # and their colours
-
-
-class Transfer(Trained):
-    """Settings of the experiment."""
-
-    depth: int = Field(20, description="layers of the classifier, 6n + 2")
-    vae_depth: int = Field(28, description="layers of the VAE, 6 × blocks + 4")
-    epochs: int = Field(10, ge=1, description="passes over the training images before the transfer")
-    channels: int = Field(0, ge=0, le=4, description="of the new classes' images, 1, 3 or 4 (0: as the first ones')")
-    labels: Numbers = Field((2, 8, 32), description="labelled images of each new class")
-    steps: int = Field(150, ge=1, description="training steps with them")
-    tuning_rate: float = Field(0.001, gt=0, description="learning rate of fine-tuning; all else has LEARNING_RATE")
-    repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
 
 
 def choose(labels, classes, count, rng):
@@ -38,9 +33,9 @@ def choose(labels, classes, count, rng):
 
 def measure(settings):
     """Rows: network, way, labelled images of a class, seed, accuracy on the test images of the new classes."""
-    data = new = settings.load()
+    data = new = load_labelled(settings)
     if settings.channels:
-        new = settings.load((*data.image_shape[:2], settings.channels))
+        new = load_labelled(settings, (*data.image_shape[:2], settings.channels))
     half = len(data.classes) // 2
     old_classes, new_classes = range(half), range(half, len(data.classes))
     is_old = np.isin(data.labels[0], old_classes)
@@ -51,16 +46,17 @@ def measure(settings):
     for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
         known = is_old if network == "classifier" else slice(None)
         first = data.train[known], data.labels[0][known]
-        build = partial(settings.build, network, "residual", depth)
+        build = partial(build_network, settings, network, "residual", depth)
         source = build(data)
 
         def learn(model, seed, network=network, first=first):
-            model.fit(*settings.batches(network, *first), epochs=settings.epochs, **batch)
+            model.fit(*batches(settings, network, *first), epochs=settings.epochs, **batch)
             return model.get_weights()
 
         cases = [(seed,) for seed in range(settings.repetitions)]
-        make = partial(build, data)
-        learned = list(train_each(make, partial(settings.compile, network), learn, cases))
+        learned = list(
+            train_each(partial(build, data), partial(compile_network, network, optimizer=adam(settings)), learn, cases)
+        )
         print(f"{network}: trained", flush=True)
         for way in WAYS:
 
@@ -81,7 +77,7 @@ def measure(settings):
                 return {"labels": count, "seed": seed, "accuracy": accuracy}
 
             rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
-            compile_ = partial(settings.compile, "classifier", rate=rate)
+            compile_ = partial(compile_network, "classifier", optimizer=adam(settings, rate))
             cases = [(seed, count) for count in settings.labels for seed in range(settings.repetitions)]
             rows += [{"network": network, "way": way, **row} for row in train_each(begin, compile_, fit, cases)]
             print(f"{network}, {way}: done", flush=True)
@@ -91,7 +87,7 @@ def measure(settings):
 def run(settings):
     """Measure, and write transfer.csv and transfer.png into the settings' folder, which is returned."""
     tables = {"transfer": measure(settings)}
-    return write_experiment(settings, tables, figures(tables))
+    return write_experiment(settings, tables, figures)
 
 
 def figures(tables):

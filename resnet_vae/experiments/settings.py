@@ -1,0 +1,131 @@
+"""The experiments' settings. Nothing large is imported, so that a mistake is told at once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from resnet_vae.config import Settings, Shape, blocks_per_stage, parse_words
+
+NETWORKS = ("classifier", "VAE")
+KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}  # and their options
+
+
+def _check_classifier_depth(depth):
+    if depth < 8 or (depth % 6 != 2 and depth % 9 != 2):
+        raise ValueError("expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29")
+    return depth
+
+
+def _check_vae_depth(depth):
+    blocks_per_stage(depth)
+    return depth
+
+
+def _some(kind):
+    """One or more of a kind, apart by blanks or commas."""
+    return Annotated[tuple[kind, ...], BeforeValidator(parse_words), Field(min_length=1)]
+
+
+Numbers = _some(Annotated[int, Field(ge=1)])
+ClassifierDepth = Annotated[int, AfterValidator(_check_classifier_depth)]
+VAEDepth = Annotated[int, AfterValidator(_check_vae_depth)]
+
+
+class Experiment(Settings):
+    """What all settings of experiments have in common."""
+
+    outdir: str = Field("", description="the record's folder (none: runs/ and the experiment's name)")
+    cmdline: bool = Field(False, description="set where no person looks on")
+
+    @property
+    def folder(self):
+        """Where the record goes."""
+        return Path(self.outdir or f"runs/{type(self).__name__.lower()}")
+
+
+class Networks(Experiment):
+    """Of experiments with small classifiers and VAEs."""
+
+    dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
+    image_shape: Shape | None = Field(None, description="images are brought to it (none: as the data set has them)")
+    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
+    beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
+
+
+class Trained(Networks):
+    """Of experiments that train them."""
+
+    batch_size: int = Field(64, ge=1, description="images a step")
+    learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
+
+
+class Degradation(Trained):
+    """Of plain against residual networks at several depths."""
+
+    networks: _some(Literal[NETWORKS]) = Field(("classifier",), description="classifier, VAE or both")
+    kinds: _some(Literal[tuple(KINDS)]) = Field(("plain", "residual"), description=", ".join(KINDS))
+    depths: _some(ClassifierDepth) = Field((8, 32), description="layers of the classifiers, 6n + 2 or 9n + 2")
+    vae_depths: _some(VAEDepth) = Field((28, 76), description="layers of the VAEs, 6 × blocks + 4")
+    repetitions: int = Field(3, ge=1, description="networks of each kind, a seed each")
+    epochs: int = Field(5, ge=1, description="passes over the training images")
+
+
+class Preactivation(Degradation):
+    """Of the same with other defaults: the classifier of 164 layers, post- against pre-activated."""
+
+    kinds: _some(Literal[tuple(KINDS)]) = Field(("residual", "pre-activation"), description=", ".join(KINDS))
+    depths: _some(ClassifierDepth) = Field((164,), description="layers of the classifiers, 6n + 2 or 9n + 2")
+    repetitions: int = Field(2, ge=1, description="networks of each kind, a seed each")
+    epochs: int = Field(3, ge=1, description="passes over the training images")
+
+
+class Gradients(Networks):
+    """Of the gradient by layer."""
+
+    depths: Numbers = Field((10, 30, 100), description="layers of the chains")
+    classifier_depths: _some(ClassifierDepth) = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
+    vae_depths: _some(VAEDepth) = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
+    batch_size: int = Field(32, ge=2, description="images")
+    seed: int = Field(0, ge=0, description="of the weights")
+
+
+class Euler(Experiment):
+    """Of residual networks as steps of Euler's method."""
+
+    finest: int = Field(512, ge=16, le=2**16, description="layers of the deepest chain; each has twice the last one's")
+    width: int = Field(8, ge=1, le=1024, description="of the vectors")
+    layers: int = Field(8, ge=1, le=1024, description="layers of the trained networks")
+    repetitions: int = Field(5, ge=1, description="trained networks of each kind, a seed each")
+    epochs: int = Field(60, ge=1, description="passes over the training points")
+    points: int = Field(600, ge=10, description="training points of the two spirals, and as many to test on")
+
+
+class Landscape(Trained):
+    """Of the loss around a trained network."""
+
+    depth: ClassifierDepth = Field(56, description="layers of the classifiers, 6n + 2 or 9n + 2")
+    vae_depth: VAEDepth = Field(100, description="layers of the VAEs, 6 × blocks + 4")
+    epochs: int = Field(8, ge=2, description="passes over the training images")
+    points: int = Field(9, ge=3, description="on each side of a surface; an odd number has the network in the middle")
+    reach: float = Field(1.0, gt=0, description="of lines and surfaces, in lengths of the network's own filters")
+    images: int = Field(200, ge=1, description="training images on which the loss is taken")
+    seed: int = Field(0, ge=0, description="of weights and directions")
+
+
+class Transfer(Trained):
+    """Of trained networks on other labels or channels."""
+
+    depth: ClassifierDepth = Field(20, description="layers of the classifier, 6n + 2 or 9n + 2")
+    vae_depth: VAEDepth = Field(28, description="layers of the VAE, 6 × blocks + 4")
+    epochs: int = Field(10, ge=1, description="passes over the training images before the transfer")
+    channels: int = Field(0, ge=0, le=4, description="of the new classes' images, 1, 3 or 4 (0: as the first ones')")
+    labels: Numbers = Field((2, 8, 32), description="labelled images of each new class")
+    steps: int = Field(150, ge=1, description="training steps with them")
+    tuning_rate: float = Field(0.001, gt=0, description="learning rate of fine-tuning; all else has LEARNING_RATE")
+    repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
+
+
+EXPERIMENTS = {
+    each.__name__.lower(): each for each in (Degradation, Preactivation, Gradients, Euler, Landscape, Transfer)
+}
