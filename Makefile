@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
+TEST := TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-jax test-torch bench scaling soak lint table1 clean
 
@@ -31,13 +32,13 @@ table1: $(VENV)/installed ## the post's sweep: CIFAR-10, full width, four depths
 	$(RUN) DATASET=cifar10 scripts/run_all.sh runs/table1
 
 test: $(VENV)/installed-dev ## the test suite on TensorFlow
-	$(RUN) $(BIN)/python -m pytest -n 2
+	$(RUN) $(TEST)
 
 test-jax: $(VENV)/installed-dev ## the same tests on JAX
-	$(RUN) KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2
+	$(RUN) KERAS_BACKEND=jax $(TEST)
 
 test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is installed into .venv
-	$(RUN) KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2
+	$(RUN) KERAS_BACKEND=torch $(TEST)
 
 bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; BENCH="--cases …" for a part
 	$(BIN)/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt

@@ -148,9 +148,9 @@ class ResidualBlock(layers.Layer):
                 y = ops.relu(normalization(y, training=training))
                 if number == 1 and self.shortcut is not None:
                     x = y
-                y = convolution(y)
+                y = _convolve(convolution, y)
             else:
-                y = normalization(convolution(y), training=training)
+                y = normalization(_convolve(convolution, y), training=training)
                 y = ops.relu(y) if number < len(self.filters) else y
         if self.learned_step:
             y = y * ops.cast(self.step, y.dtype)
@@ -167,7 +167,7 @@ class ResidualBlock(layers.Layer):
         if kind == "pad" and reduces:
             x = x[:, :: self.strides[0], :: self.strides[1]]
         if self.shortcut is not None:
-            x = self.shortcut(x)
+            x = _convolve(self.shortcut, x)
         if self.shortcut_bn is not None:
             x = self.shortcut_bn(x, training=training)
         if kind in ("pool", "pad") and enlarges:
@@ -204,7 +204,8 @@ class ResidualBlock(layers.Layer):
         return ops.relu(y if self.shortcut_kind == "none" else y + x)
 
     def _middle(self, x, training):
-        return self.convolutions[1](ops.relu(self.normalizations[0](self.convolutions[0](x), training=training)))
+        y = self.normalizations[0](_convolve(self.convolutions[0], x), training=training)
+        return self.convolutions[1](ops.relu(y))
 
     def _enlarged(self, x, training):
         """The same for a strided transposed conv1.
@@ -242,6 +243,24 @@ class ResidualBlock(layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def _convolve(convolution, x):
+    """A convolution of x; a strided one of side 1, transposed or not, only at the positions that it reads or fills.
+
+    TensorFlow's own, by oneDNN, has wrong gradients of the kernel where channels are few, and writes where it must not:
+    https://github.com/uxlfoundation/oneDNN/issues/6035.
+    """
+    transposed = isinstance(convolution, layers.Conv2DTranspose)
+    if convolution.kernel_size != (1, 1) or convolution.strides == (1, 1) or (transposed and None in x.shape[1:3]):
+        return convolution(x)
+    rows, columns = convolution.strides
+    kernel = ops.convert_to_tensor(convolution.kernel)
+    if transposed:
+        x = _spread(ops.conv(x, ops.transpose(kernel, (0, 1, 3, 2)), padding="same"), (rows, columns))
+    else:
+        x = ops.conv(x[:, ::rows, ::columns], kernel, padding="same")
+    return x + ops.cast(convolution.bias, x.dtype) if convolution.use_bias else x
 
 
 def _spread(x, strides):

@@ -169,6 +169,29 @@ def test_fast_block_is_the_plain_one(kind, shape, training):
         np.testing.assert_allclose(fast, plain, rtol=1e-10, atol=1e-10 * max(1, np.abs(plain).max()))
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow with oneDNN")
+@pytest.mark.parametrize("kind", ["conv", "transposed", "basic", "basic, transposed", "pre", "pool"])
+def test_gradients_in_float32_are_those_in_float64(kind):
+    """Few channels and a strided 1×1, of which oneDNN's weight gradients are wrong, or end the process."""
+    import tensorflow as tf
+
+    blocks = {dtype: make_block(kind, dtype) for dtype in ("float32", "float64")}
+    blocks["float64"].set_weights(blocks["float32"].get_weights())
+    x, results = RNG.standard_normal((8, 16, 16, 6)), []
+    for dtype, block in blocks.items():
+
+        @tf.function
+        def gradients(images, block=block):
+            with tf.GradientTape() as tape:
+                tape.watch(images)
+                total = tf.reduce_mean(tf.square(block.plain(images, training=True)))
+            return tape.gradient(total, [images, *(weight.value for weight in block.trainable_weights)])
+
+        results.append(gradients(tf.constant(x, dtype)))
+    for single, double in zip(*results, strict=True):
+        np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-3 * np.abs(double).max() + 1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"remat": True}, {"filters": (4, 6), "order": "pre", "learned_step": True}, {"shortcut": "none"}],

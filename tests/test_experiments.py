@@ -14,7 +14,7 @@ from resnet_vae.experiments import euler, gradients, landscape
 from resnet_vae.experiments.chain import Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
 from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, train_each
-from resnet_vae.experiments.settings import NETWORKS, Trained
+from resnet_vae.experiments.settings import NETWORKS, Euler, Trained
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
 
@@ -228,7 +228,7 @@ def test_the_plane_of_a_path_is_that_of_its_largest_scatter():
 def test_a_record_that_was_changed_is_told(tmp_path):
     """By its hashes; and where these were changed, too, by its picture."""
     folder = euler.run(
-        euler.Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10, cmdline=True)
+        Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10, cmdline=True)
     )
     assert verify(folder) == []
     record, table = json.loads((folder / "record.json").read_text()), (folder / "euler.csv").read_text()

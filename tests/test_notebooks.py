@@ -189,9 +189,9 @@ def test_notebook_of_the_loss_landscape(tmp_path):
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_transfer(tmp_path):
-    """Each way for each number of labels; with other channels, too."""
-    rows = run_experiment("transfer", tmp_path, **SMALL, labels="1 2", steps=2, repetitions=1, channels=3)["transfer"]
-    assert len(rows) == 2 * 3 * 2
+    """Each way, with other channels, too."""
+    rows = run_experiment("transfer", tmp_path, **SMALL, labels="1", steps=2, repetitions=1, channels=3)["transfer"]
+    assert len(rows) == 2 * 3
     assert {(row["network"], row["way"]) for row in rows} == {
         (network, way) for network in ("classifier", "VAE") for way in ("scratch", "frozen", "fine-tuned")
     }
@@ -201,18 +201,19 @@ def test_notebook_of_transfer(tmp_path):
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_degradation(tmp_path):
     """Over three seeds: each deeper plain network trains worse than shallower ones do, deeper residual ones do not."""
-    small = {"image_shape": "8x8x1", "width": 0.125, "learning_rate": 0.01, "epochs": 4}
-    tables = run_experiment("degradation", tmp_path, networks="classifier VAE", vae_depths="28 52", **small)
+    small = {"image_shape": "8x8x1", "width": 0.125, "learning_rate": 0.02, "epochs": 4}
+    networks = {"networks": "classifier VAE", "depths": "8 20", "vae_depths": "28 40"}
+    tables = run_experiment("degradation", tmp_path, **networks, **small)
     losses = {(row["network"], row["kind"], row["depth"]): row for row in tables["summary"]}
     assert {row["seeds"] for row in losses.values()} == {3}
-    for network, shallow, deep, much in (("classifier", 8, 32, 0.3), ("VAE", 28, 52, 0.2)):
+    for network, shallow, deep, much in (("classifier", 8, 20, 0.3), ("VAE", 28, 40, 0.4)):
         assert losses[network, "plain", deep]["lowest"] > losses[network, "plain", shallow]["loss"] + much
         assert losses[network, "residual", deep]["loss"] < losses[network, "residual", shallow]["loss"] + much / 2
 
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_preactivation(tmp_path):
-    small = {"depths": 29, "width": 0.0625, "epochs": 1, "batch_size": 256, "repetitions": 1}
+    small = {"depths": 11, "width": 0.0625, "epochs": 1, "batch_size": 256, "repetitions": 1}
     kinds = [row["kind"] for row in run_experiment("preactivation", tmp_path, **small)["summary"]]
     assert kinds == ["residual", "pre-activation"]
 
