@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A sweep of small runs that is killed again and again, compared with one left alone: [SOAK_SECONDS=900] soak.sh [FOLDER]
 #
-# While there is time, a sweep of two depths on the embedded digits is started, killed at a random moment by a random
+# While there is time, a sweep of two depths on the embedded digits is started, killed within 40 seconds by a random
 # signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
 # record (signals, resumptions, differences) goes to FOLDER/record.json (default results/soak), the runs to runs/soak.
 # Exit code: 0 if nothing differs.
@@ -10,14 +10,13 @@ set -uo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
-export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-30}
+export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
 export DEPTHS="28 34"
 rm -rf "$runs"
 mkdir -p "$runs" "$folder"
 
-began=$SECONDS
 "$scripts/run_all.sh" "$runs/calm" > "$runs/calm.log" 2>&1 || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
-calm=$((SECONDS - began)) began=$SECONDS
+began=$SECONDS
 declare -A sent=([KILL]=0 [TERM]=0 [INT]=0)
 rounds=0 differences=0
 while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
@@ -25,7 +24,7 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
   until [ -f "$sweep/table.md" ]; do
     setsid env --default-signal=INT "$scripts/run_all.sh" "$sweep" >> "$sweep.log" 2>&1 & # a process group of its own, so that all of it dies
     group=$!
-    for _ in $(seq $((RANDOM % (calm * 4)))); do # tenths of a second, at most 0.4 of the calm sweep's time
+    for _ in $(seq $((RANDOM % 400))); do # tenths of a second
       kill -0 "$group" 2> /dev/null || break
       sleep 0.1
     done
