@@ -86,6 +86,7 @@ class Gradients(Networks):
     depths: Numbers = Field((10, 30, 100), description="layers of the chains")
     classifier_depths: _some(ClassifierDepth) = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
     vae_depths: _some(VAEDepth) = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
+    beta: float = Field(1.0, ge=0, description="weight of the VAEs' KL")
     batch_size: int = Field(32, ge=2, description="images")
     seed: int = Field(0, ge=0, description="of the weights")
 
