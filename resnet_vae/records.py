@@ -211,6 +211,7 @@ def environment(backend, devices):
         commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except OSError:  # no git
         commit = changes = None
+    program = Path(sys.argv[0]).name
     return {
         "commit": commit,
         "dirty": None if commit is None else bool(changes),
@@ -221,7 +222,7 @@ def environment(backend, devices):
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": platform.platform(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "a notebook" if program == "ipykernel_launcher.py" else " ".join([program, *sys.argv[1:]]),
     }
 
 
