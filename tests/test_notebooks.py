@@ -1,5 +1,6 @@
 """The notebooks and the sweep, headlessly, as a person runs them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -137,6 +138,7 @@ def run_experiment(name, folder, **settings):
     )
     assert done.returncode == 0, done.stderr
     assert verify(folder) == []
+    assert json.loads((folder / "record.json").read_text())["command"] == "a notebook"
     return read_tables(folder)
 
 
