@@ -190,7 +190,7 @@ def draw_lines(rows):
             own = [row for row in rows if (row["network"], row["kind"]) == (network, kind)]
             axes.semilogy([row["x"] for row in own], [row["loss"] for row in own], color=color, label=kind)
         axes.set(title=f"{network}, training images", ylabel=LOSSES[network])
-        axes.set_xlabel("along a random direction, in lengths of the filters")
+        axes.set_xlabel("random direction, in lengths of the filters")
         axes.legend(frameon=False)
     return figure
 
@@ -203,7 +203,8 @@ def draw_surfaces(rows):
     for number, (title, own) in enumerate(networks, start=1):
         axes = figure.add_subplot(1, len(networks), number, projection="3d")
         axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200)
-        axes.set(title=title, xlabel="first direction", ylabel="second direction")
+        axes.set(xlabel="first direction", ylabel="second direction")
+        axes.set_title(title, y=0.92)  # below the figure's own
         axes.set_box_aspect(None, zoom=0.8)
     return figure
 
