@@ -110,12 +110,28 @@ def losses_by_epoch(runs):
         axes.plot(epochs, [row["loss"] for row in run.history], "--", color=color)
     axes.plot([], [], "k.-", label="validation")
     axes.plot([], [], "k--", label="training")
+    training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
+    keep_in_sight(axes, training, validation, "validation")
     axes.set(xlabel="epoch", ylabel="loss, nats per image")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def keep_in_sight(axes, training, others, name):
+    """End the y axis where training begins if other figures, far above, would hide it; says how far those go.
+
+    They are there in the first epochs of a short training, while the moving averages of normalisation are not those of
+    the weights.
+    """
+    lowest, highest = min(*training, *others), max(training)
+    margin = 0.1 * (highest - lowest)
+    if max(others) > highest + 10 * margin:
+        axes.set_ylim(lowest - margin, highest + margin)
+        told = f"{name} up to {max(others):,.0f}, above the figure"
+        axes.text(0.02, 0.02, told, fontsize=8, transform=axes.transAxes)
 
 
 def losses_by_depth(runs):

@@ -110,12 +110,13 @@ def _run(run):
     if [row["epoch"] for row in run.history] != list(range(1, metrics["epochs"] + 1)):
         yield "history.csv", f"is not a row an epoch for {metrics['epochs']} epochs"
         return
-    best = min(run.history, key=lambda row: row["val_loss"])
-    if metrics["best_epoch"] != best["epoch"]:
-        yield (
-            "metrics.json",
-            f"has epoch {metrics['best_epoch']} for the best; in history.csv it is {best['epoch']:.0f}",
-        )
+    least = min(row["val_loss"] for row in run.history)  # rounded: several epochs may have it
+    best = {row["epoch"]: row for row in run.history if row["val_loss"] == least}
+    if metrics["best_epoch"] not in best:
+        told = " or ".join(f"{epoch:.0f}" for epoch in best)
+        yield "metrics.json", f"has epoch {metrics['best_epoch']} for the best; in history.csv it is {told}"
+        return
+    best = best[metrics["best_epoch"]]
     for part, prefix in (("train", ""), ("validation", "val_")):
         for name in FIGURES:
             if not math.isclose(metrics[part][name], best[prefix + name], rel_tol=1e-5, abs_tol=1e-9):

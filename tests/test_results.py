@@ -156,6 +156,9 @@ def test_verify_tells_what_does_not_match(tmp_path):
         lambda sweep, run: shutil.copy(run / "samples.png", run / "curves.png")
     )
     assert "epoch" in found(lambda _, run: change(run / "history.csv", "\n1,", "\n2,"))
+    assert "metrics.json has epoch 9 for the best; in history.csv it is 6" in found(
+        lambda _, run: change(run / "metrics.json", '"best_epoch": 6', '"best_epoch": 9')
+    )
     renamed = found(lambda _, run: change(run / "metrics.json", '"best_epoch"', '"worst_epoch"'))
     assert "best_epoch: Field required" in renamed
 

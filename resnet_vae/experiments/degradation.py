@@ -23,6 +23,7 @@ from resnet_vae.experiments.networks import (
     train_each,
 )
 from resnet_vae.experiments.record import write_experiment
+from resnet_vae.plots import keep_in_sight
 
 
 def measure(settings):
@@ -123,5 +124,8 @@ def draw(rows):
             axes.set(title=f"{network}, {kind}", xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(frameon=False, fontsize=8)
+        of_network = [row for row in rows if row["network"] == network]
+        training, test = ([row[name] for row in of_network] for name in (column, f"test_{column}"))
+        keep_in_sight(across[0], training, test, "test")
         across[0].set_ylabel("error, share of images" if column == "error" else LOSSES[network])
     return figure
