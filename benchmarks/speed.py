@@ -50,6 +50,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "highest": ("highest", "{:.1f}"),
     "ratio": ("Ours to it", "{:.2f}"),
     "teraflop_per_second": ("TFLOP/s", "{:.3f}"),
+    "build_seconds": ("Import and build, s", "{:.1f}"),
     "first_step_seconds": ("First step, s", "{:.1f}"),
     "input_share": ("Waiting for images, %", "{:.2f}"),
     "peak_megabytes": ("Peak memory, MB", "{:.0f}"),
@@ -146,13 +147,16 @@ def make_training(library, config):
 
 
 def work(library, precision, config):
-    """A contestant's process: a line "N" on its input asks for N steps; it answers with the seconds they took."""
+    """A contestant's process: a line "N" on its input asks for N steps; it answers with the seconds they took.
+
+    It builds the network at the first line, which may ask for no steps.
+    """
     config = Config(**{**json.loads(config), "precision": precision})
     train = None
     for line in sys.stdin:
         began = time.perf_counter()
         train = train or make_training(library, config)
-        waited = train(int(line))
+        waited = train(int(line)) if int(line) else 0.0
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"seconds": seconds, "waited": waited, "peak": peak}), flush=True)
@@ -208,9 +212,10 @@ def measure(case, config, names, rounds, seconds):
     """
     contestants = []
     try:
-        firsts, fastest = {}, math.inf
+        builds, firsts, fastest = {}, {}, math.inf
         for name in names:
             contestants.append(Contestant(name, config))
+            builds[name] = contestants[-1].ask(0)["seconds"]
             firsts[name] = contestants[-1].ask(1)["seconds"]
             fastest = min(fastest, contestants[-1].ask(3)["seconds"] / 3)  # what is tuned at the second step is now
         steps = max(3, math.ceil(seconds / fastest))
@@ -233,6 +238,7 @@ def measure(case, config, names, rounds, seconds):
             "highest": max(speeds),
             "ratio": rows[0]["images_per_second"] / speed if rows else 1.0,
             "teraflop_per_second": speed * training_gflop(config) / 1000,
+            "build_seconds": builds[name],
             "first_step_seconds": firsts[name],
             "input_share": 100 * statistics.median(a["waited"] / a["seconds"] for a in answers[name]),
             "peak_megabytes": answers[name][-1]["peak"],
