@@ -106,8 +106,8 @@ class Landscape(Trained):
     """Of the loss around a trained network."""
 
     depth: ClassifierDepth = Field(56, description="layers of the classifiers, 6n + 2 or 9n + 2")
-    vae_depth: VAEDepth = Field(100, description="layers of the VAEs, 6 × blocks + 4")
-    epochs: int = Field(8, ge=2, description="passes over the training images")
+    vae_depth: VAEDepth = Field(76, description="layers of the VAEs, 6 × blocks + 4")
+    epochs: int = Field(6, ge=2, description="passes over the training images")
     points: int = Field(9, ge=3, description="on each side of a surface; an odd number has the network in the middle")
     reach: float = Field(1.0, gt=0, description="of lines and surfaces, in lengths of the network's own filters")
     images: int = Field(200, ge=1, description="training images on which the loss is taken")
@@ -119,10 +119,10 @@ class Transfer(Trained):
 
     depth: ClassifierDepth = Field(20, description="layers of the classifier, 6n + 2 or 9n + 2")
     vae_depth: VAEDepth = Field(28, description="layers of the VAE, 6 × blocks + 4")
-    epochs: int = Field(10, ge=1, description="passes over the training images before the transfer")
+    epochs: int = Field(6, ge=1, description="passes over the training images before the transfer")
     channels: int = Field(0, ge=0, le=4, description="of the new classes' images, 1, 3 or 4 (0: as the first ones')")
     labels: Numbers = Field((2, 8, 32), description="labelled images of each new class")
-    steps: int = Field(150, ge=1, description="training steps with them")
+    steps: int = Field(75, ge=1, description="training steps with them")
     tuning_rate: float = Field(0.001, gt=0, description="learning rate of fine-tuning; all else has LEARNING_RATE")
     repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
 
