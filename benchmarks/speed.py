@@ -88,7 +88,7 @@ def make_training(library, config):
     import numpy as np
 
     from resnet_vae.optimizer import compile_vae
-    from resnet_vae.training import Batches, be_deterministic
+    from resnet_vae.training import Batches, be_deterministic, feed
 
     pool = np.random.default_rng(0).integers(0, 256, (2 * config.batch_size, *config.image_shape), "uint8")
 
@@ -140,7 +140,7 @@ def make_training(library, config):
 
     def train(steps):
         batches = Timed(steps)
-        vae.fit(batches, shuffle=False, verbose=0)
+        vae.fit(feed(batches), shuffle=False, verbose=0)
         return batches.seconds
 
     return train

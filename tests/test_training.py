@@ -21,7 +21,7 @@ from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW, compile_vae
 from resnet_vae.records import FIGURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, without_progress
+from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, feed, without_progress
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -44,6 +44,18 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert [in_order[i][0].ravel().tolist() for i in range(len(in_order))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert np.shares_memory(in_order[0][0], images)
     assert len(Batches(images, 64, 0)) == 1
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere these are the batches themselves")
+def test_what_is_fed_to_tensorflow_is_the_batches_and_does_not_tune_itself():
+    images = np.random.default_rng(0).integers(0, 256, (10, 1, 1, 1), "uint8")
+    for seed in (None, 0):
+        batches = Batches(images, 4, seed)
+        dataset = feed(batches)
+        assert len(dataset) == len(batches) == (3 if seed is None else 2)
+        for (fed,), index in zip(dataset, range(len(batches)), strict=True):
+            np.testing.assert_array_equal(fed.numpy(), batches[index][0])
+        assert dataset.options().autotune.enabled is False  # the tuner's naps are waited for when `fit` ends
 
 
 def test_adamw_with_decay_is_the_formula():
