@@ -10,10 +10,11 @@ import keras
 from keras import layers, ops
 
 from resnet_vae.loop import scan
-from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
+from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, matrix, pointwise, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
 ORDERS = ("post", "pre")
+FOLDED = 128  # channels of a 1×1's input up to which folding its normalisation takes less time than applying it
 OPTIONS = ("shortcut", "order", "learned_step", "gain", "momentum", "epsilon", "use_bias", "kernel_initializer")
 
 
@@ -165,7 +166,7 @@ class ResidualBlock(layers.Layer):
         if kind == "pool" and reduces:
             x = ops.average_pool(x, self.strides, self.strides, padding="same")
         if kind == "pad" and reduces:
-            x = x[:, :: self.strides[0], :: self.strides[1]]
+            x = _every(x, self.strides)
         if self.shortcut is not None:
             x = _convolve(self.shortcut, x)
         if self.shortcut_bn is not None:
@@ -181,31 +182,28 @@ class ResidualBlock(layers.Layer):
         """The same function in less time, for bottleneck blocks in order post.
 
         The widest tensors are the outputs of the last 1×1 and of the shortcut: where a normalisation follows a 1×1 of
-        a narrower input, it is folded into the kernel. A strided transposed 1×1 is computed only where its output
-        depends on the input; see `resnet_vae.normalization`.
+        a narrow input, it is folded into the kernel. A strided 1×1 is computed only at the positions that it reads, a
+        transposed one only where its output depends on the input; see `resnet_vae.normalization`.
         """
         enlarges, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
-        y = (self._enlarged if enlarges else self._middle)(x, training)
+        if enlarges:
+            y = self._enlarged(x, training)
+        else:
+            read = x if self.transpose else _every(x, self.strides)
+            y = self.normalizations[0](_convolve_read(self.convolutions[0], read), training=training)
+            y = self.convolutions[1](ops.relu(y))
         y = ops.relu(self.normalizations[1](y, training=training))
-        kernel, bias = fold(self.convolutions[2], self.normalizations[2], y, training)
+        y = _normalized(self.convolutions[2], self.normalizations[2], y, training)
         if self.learned_step:
-            kernel, bias = kernel * ops.cast(self.step, kernel.dtype), bias * ops.cast(self.step, bias.dtype)
-        y = ops.conv(y, kernel, padding="same")
+            y = y * ops.cast(self.step, y.dtype)
         if enlarges and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
-            x, bias = _spread(x, self.strides), bias + constant
-        elif projects and x.shape[-1] * 4 <= self.filters[-1]:
-            x = x[:, :: self.strides[0], :: self.strides[1]]
-            kernel, constant = fold(self.shortcut, self.shortcut_bn, x, training)
-            x, bias = ops.conv(x, kernel, padding="same"), bias + constant
+            x, y = _spread(x, self.strides), ops.add(y, ops.cast(constant, y.dtype))
+        elif projects:
+            x = _normalized(self.shortcut, self.shortcut_bn, read, training)
         elif self.shortcut_kind != "none":
             x = self._skip(x, training)
-        y = y + ops.cast(bias, y.dtype)
         return ops.relu(y if self.shortcut_kind == "none" else y + x)
-
-    def _middle(self, x, training):
-        y = self.normalizations[0](_convolve(self.convolutions[0], x), training=training)
-        return self.convolutions[1](ops.relu(y))
 
     def _enlarged(self, x, training):
         """The same for a strided transposed conv1.
@@ -218,11 +216,9 @@ class ResidualBlock(layers.Layer):
         height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
         kernel = ops.convert_to_tensor(self.convolutions[1].kernel)
         y = ops.relu(signal + constant) - ops.relu(constant)
-        y = ops.conv_transpose(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides, padding="valid")
-        first = self.kernel_size // 2  # "same" padding: the image begins in the middle of the kernel
-        y = y[:, first : first + height, first : first + width]
-        y = y + _convolved_constant(ops.relu(constant), kernel, height, width)
-        return y + ops.cast(self.convolutions[1].bias, y.dtype) if self.use_bias else y
+        y = _enlarge(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides)
+        elsewhere = _convolved_constant(ops.relu(constant), kernel, height, width)
+        return y + (ops.add(elsewhere, self.convolutions[1].bias) if self.use_bias else elsewhere)
 
     def compute_output_shape(self, input_shape):
         return (*self.convolutions[0].compute_output_shape(input_shape)[:-1], self.filters[-1])
@@ -254,13 +250,49 @@ def _convolve(convolution, x):
     transposed = isinstance(convolution, layers.Conv2DTranspose)
     if convolution.kernel_size != (1, 1) or convolution.strides == (1, 1) or (transposed and None in x.shape[1:3]):
         return convolution(x)
-    rows, columns = convolution.strides
-    kernel = ops.convert_to_tensor(convolution.kernel)
-    if transposed:
-        x = _spread(ops.conv(x, ops.transpose(kernel, (0, 1, 3, 2)), padding="same"), (rows, columns))
-    else:
-        x = ops.conv(x[:, ::rows, ::columns], kernel, padding="same")
-    return x + ops.cast(convolution.bias, x.dtype) if convolution.use_bias else x
+    if not transposed:
+        return _convolve_read(convolution, _every(x, convolution.strides))
+    x = _spread(pointwise(x, matrix(convolution)), convolution.strides)
+    return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
+
+
+def _convolve_read(convolution, x):
+    """A 1×1 convolution, transposed or not, of the positions that it reads."""
+    return pointwise(x, matrix(convolution), convolution.bias if convolution.use_bias else None)
+
+
+def _normalized(convolution, normalization, x, training):
+    """A 1×1 convolution of the positions that it reads, and its normalisation."""
+    if x.shape[-1] > FOLDED:
+        return normalization(_convolve_read(convolution, x), training=training)
+    return pointwise(x, *fold(convolution, normalization, x, training))
+
+
+def _every(x, strides):
+    """Every stride-th position: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
+    # As a pooling of single positions: TensorFlow's gradient of a slice with steps takes ten times as long.
+    return x if tuple(strides) == (1, 1) else ops.average_pool(x, 1, strides, padding="valid")
+
+
+def _enlarge(x, kernel, strides):
+    """The transposed convolution of a "same" image of odd kernel: x stands at every stride-th position from the first.
+
+    Args:
+        x: (batch, height, width, channels).
+        kernel: (k, k, filters, channels).
+        strides: at most (k + 1) / 2.
+
+    Returns:
+        (batch, height rows, width columns, filters).
+    """
+    (rows, columns), first = strides, kernel.shape[0] // 2
+    height, width = x.shape[1] * rows, x.shape[2] * columns
+    x = ops.conv_transpose(x, kernel, strides, padding="valid")
+    if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
+        import tensorflow as tf
+
+        return tf.slice(x, (0, first, first, 0), (-1, height, width, -1))
+    return x[:, first : first + height, first : first + width]
 
 
 def _spread(x, strides):

@@ -58,9 +58,9 @@ def _precise(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
-def _matrix(convolution):
+def matrix(convolution):
     """The kernel of a 1×1 convolution, transposed or not, as (channels, filters)."""
-    kernel = convolution.kernel[0, 0]
+    kernel = ops.reshape(convolution.kernel, convolution.kernel.shape[2:])  # indexing has a slower gradient
     return ops.transpose(kernel) if isinstance(convolution, layers.Conv2DTranspose) else kernel
 
 
@@ -68,10 +68,44 @@ def _bias(convolution):
     return _precise(ops.convert_to_tensor(convolution.bias)) if convolution.use_bias else 0.0
 
 
-def fold(convolution, normalization, x, training=None):
-    """Kernel and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
+def pointwise(x, matrix, bias=None):
+    """The 1×1 convolution of x, (batch, height, width, channels) in any dtype, with a matrix (channels, filters)."""
+    matrix = ops.cast(matrix, x.dtype)
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = ops.conv(x, ops.reshape(matrix, (1, 1, *matrix.shape)), padding="same")
+    else:  # on CPUs up to 1.4 times as fast, except in bfloat16
+        x = ops.matmul(x, matrix)
+    return x if bias is None else ops.add(x, ops.cast(bias, x.dtype))
 
-    The outputs' mean is the mean of x mapped by the kernel W; the variance of output f is W[:, f]ᵀ cov(x) W[:, f].
+
+def _second_moments(x):
+    """Mean (channels,) of x (batch, height, width, channels), and mean (channels, channels) of its products."""
+    rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
+    count = ops.cast(ops.shape(rows)[0], rows.dtype)
+    return ops.mean(rows, axis=0), ops.matmul(ops.transpose(rows), rows) / count
+
+
+def _second_moments_tensorflow(x):
+    """The same with its gradient in one pass over x instead of six: both parts of it are one 1×1 convolution."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def moments(x):
+        mean, products = _second_moments(x)
+
+        def backward(of_mean, of_products):
+            count = ops.cast(tf.size(x) // x.shape[-1], mean.dtype)
+            return pointwise(x, (of_products + ops.transpose(of_products)) / count, of_mean / count)
+
+        return (mean, products), backward
+
+    return moments(x)
+
+
+def fold(convolution, normalization, x, training=None):
+    """Matrix and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
+
+    The outputs' mean is the mean of x mapped by the kernel W; the mean square of output f is W[:, f]ᵀ E[x xᵀ] W[:, f].
 
     Args:
         convolution: Conv2D or Conv2DTranspose of kernel size 1.
@@ -80,19 +114,19 @@ def fold(convolution, normalization, x, training=None):
         training: whether the moments are the batch's.
 
     Returns:
-        Kernel (1, 1, channels, filters) in the dtype of x, bias (filters,) in that of statistics.
+        Matrix (channels, filters) and bias (filters,) for `pointwise`, in the dtype of statistics.
     """
-    kernel, bias = _precise(_matrix(convolution)), _bias(convolution)
+    kernel, bias = _precise(matrix(convolution)), _bias(convolution)
 
     def moments():
-        rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
-        mean = ops.mean(rows, axis=0)
-        rows = rows - mean
-        covariance = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
-        return ops.matmul(mean, kernel) + bias, ops.sum(kernel * ops.matmul(covariance, kernel), axis=0)
+        of_x = _second_moments_tensorflow if keras.backend.backend() == "tensorflow" else _second_moments
+        mean, products = of_x(x)
+        mean = ops.matmul(mean, kernel)
+        variance = ops.sum(kernel * ops.matmul(products, kernel), axis=0) - ops.square(mean)
+        return mean + bias, ops.maximum(variance, 0.0)
 
     scale, shift = normalization.affine(moments, training)
-    return ops.cast(kernel * scale, x.dtype)[None, None], bias * scale + shift
+    return kernel * scale, bias * scale + shift
 
 
 def sparse(convolution, normalization, x, training=None):
@@ -111,7 +145,7 @@ def sparse(convolution, normalization, x, training=None):
         of x; and that constant, the whole output at the others: (filters,) in the dtype of statistics.
     """
     bias = _bias(convolution)
-    signal = ops.matmul(x, _matrix(convolution))
+    signal = pointwise(x, matrix(convolution))
 
     def moments():
         share = 1 / (convolution.strides[0] * convolution.strides[1])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from resnet_vae import blocks
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.normalization import BatchNormalization
 
@@ -149,8 +150,10 @@ SHAPES = [(6, 8, 6), (2, 2, 6), (1, 1, 6)]
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, *FAST_KINDS])
-def test_fast_block_is_the_plain_one(kind, shape, training):
-    """Output, all gradients and the moving statistics of the fast computation, in float64."""
+@pytest.mark.parametrize("folded", [True, False])
+def test_fast_block_is_the_plain_one(kind, shape, training, folded, monkeypatch):
+    """Output, all gradients and the moving statistics of the fast computation in float64, folded and not."""
+    monkeypatch.setattr(blocks, "FOLDED", blocks.FOLDED if folded else 0)
     import tensorflow as tf
 
     block, results = make_block(kind, "float64"), []

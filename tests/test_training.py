@@ -59,14 +59,17 @@ def test_what_is_fed_to_tensorflow_is_the_batches_and_does_not_tune_itself():
 
 
 def test_adamw_with_decay_is_the_formula():
-    """Five steps against float64 NumPy: AdamW's update at a rate divided by 1 + decay × steps."""
-    rate, decay, wd, b1, b2, eps = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7
+    """Five steps against float64 NumPy: AdamW's update at a rate divided by 1 + decay × steps, of limited gradients."""
+    rate, decay, wd, b1, b2, eps, longest = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7, 1.0
     gradients = np.random.default_rng(0).standard_normal((5, 3))
     variable = keras.Variable(np.ones(3, "float32"))
-    optimizer = AdamW(rate, weight_decay=wd, decay=decay)
+    lengths = np.linalg.norm(gradients, axis=1)
+    assert lengths.min() < longest < lengths.max()
+    optimizer = AdamW(rate, weight_decay=wd, decay=decay, global_clipnorm=longest)
     expected, m, v = np.ones(3), 0.0, 0.0
     for step, gradient in enumerate(gradients):
         optimizer.apply([ops.convert_to_tensor(gradient, "float32")], [variable])
+        gradient = gradient * min(1, longest / lengths[step])
         slowed = rate / (1 + decay * step)
         expected = expected * (1 - wd * slowed)
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
