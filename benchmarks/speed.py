@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from resnet_vae.config import Config
-from resnet_vae.records import csv_text, environment, processor_has_bfloat16, write_record, write_text
+from resnet_vae.records import csv_text, environment, processor_prefers_bfloat16, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 CASES = {  # what is trained
@@ -297,8 +297,8 @@ def draw(rows):
 
 
 def contestants_here():
-    """The contestants whose precision a processor here computes in, or a GPU."""
-    fast = processor_has_bfloat16() or Path("/dev/nvidia0").exists()
+    """The contestants in float32, and those in bfloat16 where a processor here is faster in it, or there is a GPU."""
+    fast = processor_prefers_bfloat16() or Path("/dev/nvidia0").exists()
     return [name for name, (_, precision) in CONTESTANTS.items() if precision == "float32" or fast]
 
 

@@ -282,7 +282,7 @@ class Config(Settings):
     patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
     min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")
     precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
-        "auto", description="auto: mixed_bfloat16 where the device computes in it, else float32; heads stay float32"
+        "auto", description="auto: mixed_bfloat16 where the device is faster in it, else float32; heads stay float32"
     )
     remat: bool = Field(
         False, description="compute what is within repeated blocks a second time for the gradient instead of keeping it"

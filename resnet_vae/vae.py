@@ -10,7 +10,7 @@ from keras import layers, ops
 from resnet_vae.config import DATASETS, OBJECTIVES
 from resnet_vae.networks import build_decoder, build_encoder
 from resnet_vae.normalization import PACKAGE
-from resnet_vae.records import processor_has_bfloat16
+from resnet_vae.records import processor_prefers_bfloat16
 
 
 def reconstruction_loss(images, reconstructions):
@@ -176,8 +176,8 @@ def worth_compiling():
 def precision(config):
     """The dtype policy that a configuration asks for; "auto" is told by what computes here.
 
-    mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors with
-    instructions for it (AVX512_BF16, AMX, Arm's BF16); without them it is emulated, several times slower than float32.
+    mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors that
+    compute faster in it; on others it is emulated, several times slower than float32.
     """
     if config.precision != "auto":
         return config.precision
@@ -199,7 +199,7 @@ def _computes_in_bfloat16():
         import torch
 
         return torch.cuda.get_device_capability() >= (8, 0)
-    return backend != "jax" and processor_has_bfloat16()
+    return backend != "jax" and processor_prefers_bfloat16()
 
 
 def scale(images):

@@ -253,12 +253,19 @@ def test_shapes_that_cannot_be():
 
 
 def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
-    monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *_: "fpu avx512f avx512_bf16")
+    def processor(vendor, flags):
+        told = {"vendor_id": vendor, "flags": flags}
+        monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *names: told.get(names[0], ""))
+
+    for vendor, flags in (("AuthenticAMD", "fpu avx2"), ("GenuineIntel", "fpu avx512f avx512_bf16")):
+        processor(vendor, flags)
+        assert precision(Config()) == "float32"
+    processor("GenuineIntel", "fpu avx512_bf16 amx_bf16")
+    assert precision(Config()) == ("float32" if keras.backend.backend() == "jax" else "mixed_bfloat16")
+    processor("AuthenticAMD", "fpu avx512f avx512_bf16")
     vae = build_vae(Config(**{**TINY, "precision": "auto"}))
     dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
     assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype
-    monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *_: "fpu avx2")
-    assert precision(Config()) == "float32"
     vae = build_vae(Config(**{**TINY, "precision": "mixed_bfloat16"}))
     mean, log_var = vae.encoder(keras.Input((16, 16, 1)))
     latent = vae.sampler(mean, log_var)
