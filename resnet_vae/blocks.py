@@ -340,7 +340,9 @@ class Repeated(layers.Layer):
         super().__init__(**{name: value for name, value in options.items() if name not in OPTIONS})
         self.count, self.remat = count, remat
         options = {name: value for name, value in options.items() if name in OPTIONS}
-        pattern = ResidualBlock(filters, kernel_size, dtype=self.dtype_policy, name="block", **options)
+        self.momentum = options.pop("momentum", 0.99)
+        # Without momentum, so that within the loop the moving averages are the batch's moments; they move after it.
+        pattern = ResidualBlock(filters, kernel_size, momentum=0.0, dtype=self.dtype_policy, name="block", **options)
         self.pattern = lambda: pattern  # a function, so that Keras does not count the pattern's weights
 
     def build(self, input_shape):
@@ -368,16 +370,22 @@ class Repeated(layers.Layer):
 
     def call(self, x, training=None):
         pattern, trained = self.pattern(), len(self.pattern().trainable_variables)
-        training = training and self.trainable
+        stacks = [ops.convert_to_tensor(stack) for stack in self.stacks]
+        if not (training and self.trainable):
+
+            def block(x, weights):
+                return pattern.stateless_call(weights[:trained], weights[trained:], x, training=False)[0], []
+
+            return scan(block, x, stacks)[0]
+
+        initial = [ops.convert_to_tensor(weight) for weight in pattern.non_trainable_variables]
 
         def block(x, weights):
-            return pattern.stateless_call(weights[:trained], weights[trained:], x, training=training)
+            return pattern.stateless_call(weights, initial, x, training=True)
 
-        stacks = [ops.convert_to_tensor(stack) for stack in self.stacks]
-        x, statistics = scan(block, x, stacks, trained, self.remat and bool(training))
-        if training:
-            for stack, value in zip(self.stacks[trained:], statistics, strict=True):
-                stack.assign(value)
+        x, moments = scan(block, x, stacks[:trained], [weight.shape for weight in initial], self.remat)
+        for stack, batch in zip(self.stacks[trained:], moments, strict=True):
+            stack.assign(self.momentum * stack + (1 - self.momentum) * batch)
         return x
 
     def compute_output_shape(self, input_shape):
@@ -387,7 +395,8 @@ class Repeated(layers.Layer):
         """The same as a list of `ResidualBlock` layers with weights of their own, to be called one after the other."""
         blocks = []
         for number in range(self.count):
-            block = ResidualBlock.from_config({**self.pattern().get_config(), "name": f"{self.name}_{number + 1}"})
+            config = {**self.pattern().get_config(), "momentum": self.momentum, "name": f"{self.name}_{number + 1}"}
+            block = ResidualBlock.from_config(config)
             block.build((None, None, None, block.filters[-1]))
             for weight, stack in zip(_weights(block), self.stacks, strict=True):
                 weight.assign(stack[number])
@@ -406,6 +415,7 @@ class Repeated(layers.Layer):
             "count": self.count,
             "remat": self.remat,
             **{name: pattern[name] for name in ("filters", "kernel_size", *OPTIONS)},
+            "momentum": self.momentum,
         }
 
 

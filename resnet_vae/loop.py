@@ -4,15 +4,15 @@ import keras
 from keras import ops
 
 
-def scan(function, x, stacks, trained, remat=False):
+def scan(function, x, stacks, outputs=(), remat=False):
     """Apply x, y = function(x, weights) for each index of stacked weights.
 
     Args:
-        function: (tensor, list of weights) → tensor of the same shape, and a list of new values for those weights
-            that are not trained.
+        function: (tensor, list of weights) → tensor of the same shape, and a list of further tensors that are not
+            differentiated.
         x: tensor.
-        stacks: the weights, each (count, …); those that are trained come first.
-        trained: how many these are.
+        stacks: the weights, each (count, …).
+        outputs: shapes of those further tensors, one axis each.
         remat: keep only each x for the gradient and apply the function a second time to get at the rest
             (https://arxiv.org/abs/1604.06174).
 
@@ -20,61 +20,73 @@ def scan(function, x, stacks, trained, remat=False):
         The last x, and the list of stacked y.
     """
     if keras.backend.backend() == "tensorflow":
-        return _scan_tensorflow(function, x, stacks, trained, remat)
+        return _scan_tensorflow(function, x, stacks, outputs, remat)
     return ops.scan(keras.remat(function) if remat else function, x, stacks)
 
 
-def _scan_tensorflow(function, x, stacks, trained, remat):
-    """`scan` on TensorFlow, where `keras.ops.scan` takes only y that are like x; with `remat`, its gradient too."""
+def _scan_tensorflow(function, x, stacks, outputs, remat):
+    """`scan` on TensorFlow, where `keras.ops.scan` takes only y that are like x; with `remat`, its gradient too.
+
+    What the loop reads and writes is packed into few arrays, since each of them makes the trace longer.
+    """
     import tensorflow as tf
 
-    count = stacks[0].shape[0]
+    count, widths = stacks[0].shape[0], [shape[0] for shape in outputs]
+    vectors = [number for number, stack in enumerate(stacks) if len(stack.shape) == 2]
+    others = [number for number, stack in enumerate(stacks) if len(stack.shape) != 2]
+    lengths = [stacks[number].shape[1] for number in vectors]
 
-    def arrays(tensors):
-        return [tf.TensorArray(each.dtype, count, element_shape=each.shape[1:]) for each in tensors]
+    def pack(stacks):
+        packed = [stacks[number] for number in others]
+        return [tf.concat([stacks[number] for number in vectors], 1), *packed] if vectors else packed
 
-    def stack(written):
-        return [array.stack() for array in written]
+    def unpack(packed, axis=0):
+        parts = tf.split(packed[0], lengths, axis) if vectors else []
+        weights = dict(zip([*vectors, *others], [*parts, *packed[bool(vectors) :]], strict=True))
+        return [weights[number] for number in range(len(weights))]
 
-    def forward(x, stacks, keep):
-        weights = [array.unstack(each) for array, each in zip(arrays(stacks), stacks, strict=True)]
+    def array(shape, dtype):
+        return tf.TensorArray(dtype, count, element_shape=shape)
 
-        def step(index, x, outputs, inputs):
-            inputs = [array.write(index, x) for array in inputs]
-            x, values = function(x, [array.read(index) for array in weights])
-            return index + 1, x, [array.write(index, y) for array, y in zip(outputs, values, strict=True)], inputs
+    def forward(x, packed, keep):
+        weights = [array(each.shape[1:], each.dtype).unstack(each) for each in packed]
 
-        inputs = [tf.TensorArray(x.dtype, count, element_shape=x.shape)] if keep else []
-        state = (0, x, arrays(stacks[trained:]), inputs)
-        _, x, outputs, inputs = tf.while_loop(lambda index, *_: index < count, step, state, maximum_iterations=count)
-        return x, stack(outputs), weights, inputs
+        def step(index, x, written, inputs):
+            inputs = [kept.write(index, x) for kept in inputs]
+            x, y = function(x, unpack([each.read(index) for each in weights]))
+            return index + 1, x, [each.write(index, tf.concat(y, 0)) for each in written], inputs
+
+        written = [array((sum(widths),), "float32")] if widths else []
+        state = (0, x, written, [array(x.shape, x.dtype)] if keep else [])
+        _, x, written, inputs = tf.while_loop(lambda index, *_: index < count, step, state, maximum_iterations=count)
+        return x, [each.stack() for each in written], weights, inputs
+
+    def split(written):
+        return tf.split(written[0], widths, 1) if widths else []
 
     if not remat:
-        return forward(x, stacks, keep=False)[:2]
+        x, written, *_ = forward(x, pack(stacks), keep=False)
+        return x, split(written)
 
     @tf.custom_gradient
-    def run(x, *stacks):
-        last, outputs, weights, (inputs,) = forward(x, stacks, keep=True)
+    def run(x, *packed):
+        last, written, weights, (inputs,) = forward(x, packed, keep=True)
 
         def backward(gradient, *_):
             def step(index, gradient, gradients):
-                values = [array.read(index) for array in weights]
-                sources = [inputs.read(index), *values[:trained]]
+                sources = [inputs.read(index), *[each.read(index) for each in weights]]
                 with tf.GradientTape() as tape:
                     tape.watch(sources)
-                    y, _ = function(sources[0], [*sources[1:], *values[trained:]])
+                    y, _ = function(sources[0], unpack(sources[1:]))
                 gradient, *new = tape.gradient(y, sources, gradient, unconnected_gradients="zero")
-                return (
-                    index - 1,
-                    gradient,
-                    [array.write(index, each) for array, each in zip(gradients, new, strict=True)],
-                )
+                gradients = [each.write(index, value) for each, value in zip(gradients, new, strict=True)]
+                return index - 1, gradient, gradients
 
-            state = (count - 1, gradient, arrays(stacks[:trained]))
+            state = (count - 1, gradient, [array(each.shape[1:], each.dtype) for each in packed])
             _, gradient, gradients = tf.while_loop(lambda index, *_: index >= 0, step, state, maximum_iterations=count)
-            return gradient, *stack(gradients), *[tf.zeros_like(each) for each in stacks[trained:]]
+            return gradient, *[each.stack() for each in gradients]
 
-        return (last, *outputs), backward
+        return (last, *written), backward
 
-    last, *outputs = run(x, *stacks)
-    return last, outputs
+    last, *written = run(x, *pack(stacks))
+    return last, split(written)

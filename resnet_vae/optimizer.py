@@ -25,16 +25,29 @@ class AdamW(keras.optimizers.Adam):
         self.decoupled_decay, self.decay = weight_decay, decay
 
     def apply(self, grads, trainable_variables=None):
-        step = ops.cast(self.iterations, "float32")
-        self._of_the_step = 1.0 + self.decay * step, [beta ** (step + 1.0) for beta in (self.beta_1, self.beta_2)]
+        self._of_the_step = None
         super().apply(grads, trainable_variables)
         del self._of_the_step
 
+    def _scalars(self, learning_rate):
+        """What is the same for all variables of a step: the rate, what decay leaves, and Adam's arguments."""
+        step, rate = ops.cast(self.iterations, "float32"), ops.cast(learning_rate, "float32")
+        rate = rate / (1.0 + self.decay * step) if self.decay else rate
+        adam = {
+            "beta1_power": self.beta_1 ** (step + 1.0),
+            "beta2_power": self.beta_2 ** (step + 1.0),
+            "beta1": ops.convert_to_tensor(self.beta_1, "float32"),
+            "beta2": ops.convert_to_tensor(self.beta_2, "float32"),
+            "epsilon": ops.convert_to_tensor(self.epsilon, "float32"),
+        }
+        return rate, 1.0 - self.decoupled_decay * rate, adam
+
     def update_step(self, gradient, variable, learning_rate):
-        slowdown, powers = self._of_the_step
-        rate = ops.cast(learning_rate, "float32") / slowdown if self.decay else learning_rate
+        if self._of_the_step is None:
+            self._of_the_step = self._scalars(learning_rate)
+        rate, kept, adam = self._of_the_step
         if self.decoupled_decay:
-            self.assign(variable, variable * (1.0 - self.decoupled_decay * rate))
+            self.assign(variable, variable * kept)
         if keras.backend.backend() != "tensorflow" or self.amsgrad:
             super().update_step(gradient, variable, rate)
             return
@@ -42,18 +55,9 @@ class AdamW(keras.optimizers.Adam):
 
         # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
         index = self._get_variable_index(variable)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=powers[0],
-            beta2_power=powers[1],
-            lr=rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
+        moments = self._momentums[index].value, self._velocities[index].value
+        m, v = (moment.handle for moment in moments)
+        tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, lr=rate, grad=gradient, **adam)
 
     def _clip_gradients(self, grads):
         if keras.backend.backend() != "tensorflow" or not self.global_clipnorm or None in grads:
@@ -64,7 +68,8 @@ class AdamW(keras.optimizers.Adam):
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(grad) for grad in grads]))
 
         def shortened():
-            return [grad * (self.global_clipnorm / norm) for grad in grads]
+            share = self.global_clipnorm / norm
+            return [grad * share for grad in grads]
 
         return tf.cond(norm <= self.global_clipnorm, lambda: grads, shortened)
 

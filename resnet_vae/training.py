@@ -107,7 +107,8 @@ def feed(batches):
         for index in range(len(batches)):
             yield batches[index]
 
-    images = tf.TensorSpec((None, *batches.images.shape[1:]), batches.images.dtype)
+    size = None if batches.order is None else batches.batch_size  # where it is known, the trace is shorter
+    images = tf.TensorSpec((size, *batches.images.shape[1:]), batches.images.dtype)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(images,))
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
     options = tf.data.Options()
