@@ -28,8 +28,8 @@ demo: $(VENV)/installed ## two depths on embedded digits, through notebooks: tab
 		DEPTHS="28 40" scripts/run_all.sh runs/demo
 	@echo "Pictures:"; ls runs/demo/*.png runs/demo/*/*.png
 
-table1: $(VENV)/installed ## the post's sweep: CIFAR-10, full width, four depths (PRESET=published for the post's recipe)
-	$(RUN) DATASET=cifar10 scripts/run_all.sh runs/table1
+table1: $(VENV)/installed ## the post's Table 1: CIFAR-10, four depths; on a GPU at full width, else at a quarter of it
+	$(RUN) scripts/table1.sh runs/table1
 
 test: $(VENV)/installed-dev ## the test suite on TensorFlow
 	$(RUN) $(TEST)

@@ -5,8 +5,9 @@
 # by the command line where there is no Jupyter. Every setting is an environment variable; DEPTHS="28:20 100:8" gives a
 # depth its own EPOCHS. SWEEP names other variables to sweep, each of which then holds a list, and one VAE is trained
 # for every combination: SWEEP="SHORTCUT DEPTHS" SHORTCUT="projection none" DEPTHS="28 100". A finished run with the
-# same settings is skipped, an unfinished one is gone on with; one that fails does not stop the others. At the end the
-# table and the figures are made anew. Exit code: 0 if all runs are finished, 1 if not, 130 or 143 when interrupted.
+# same settings is skipped, an unfinished one is gone on with; one that fails does not stop the others. EVALUATE names a
+# data set on whose test images each finished run is evaluated, too. At the end the table and the figures are made anew.
+# Exit code: 0 if all runs are finished, 1 if not, 130 or 143 when interrupted.
 set -uo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -55,6 +56,13 @@ for variable in $SWEEP; do
 done
 
 failed=()
+evaluate() { # a finished run, once
+  local name=${EVALUATE:-}
+  [ -z "$name" ] && return
+  name=${name%/} name=${name##*/}
+  [ -f "$1/evaluation-${name%.*}.json" ] || "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
+}
+
 for combination in "${combinations[@]}"; do
   read -ra settings <<< "$combination"
   name=
@@ -69,6 +77,7 @@ for combination in "${combinations[@]}"; do
   case $? in
     0)
       echo "$name: finished already, in $sweep/$name"
+      evaluate "$sweep/$name"
       continue
       ;;
     3) ;;
@@ -86,7 +95,7 @@ for combination in "${combinations[@]}"; do
   child=$!
   wait "$child"
   case $? in
-    0) ;;
+    0) evaluate "$sweep/$name" ;;
     4) failed+=("$name (in work elsewhere)") ;;
     *) failed+=("$name") ;;
   esac

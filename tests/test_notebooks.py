@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import TINY, once
 
@@ -125,6 +126,36 @@ def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
         check=False,
     )
     assert (done.returncode, "SWEEP names SHORTCUT, which is not set" in done.stderr) == (2, True)
+
+
+@once("the same sweep on every backend, whose parts are tested on each")
+def test_table1_in_one_command(tmp_path):
+    """The script of the post's table, tiny: it trains, evaluates on other images, makes the table, and goes on."""
+    rng = np.random.default_rng(0)
+    for name in ("train", "other"):
+        parts = {part: rng.integers(0, 256, (32, 8, 8, 3), "uint8") for part in ("x_train", "x_test")}
+        np.savez(tmp_path / f"{name}.npz", **parts)
+    settings = {"dataset": "train.npz", "evaluate": "other.npz", "depths": "28:1", "batch_size": 16}
+    for objective in ("published", "published elbo"):  # as if stopped after the first run
+        done = subprocess.run(
+            [HOME / "scripts" / "table1.sh", "table"],
+            cwd=tmp_path,
+            env=environment(objective=objective, **settings),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "objective-published_depth-28: finished already" in done.stdout
+    runs = sorted(path.parent for path in (tmp_path / "table").glob("*/metrics.json"))
+    assert [run.name for run in runs] == ["objective-elbo_depth-28", "objective-published_depth-28"]
+    for run in runs:
+        assert f"| {run.name} |" in done.stdout
+        assert json.loads((run / "config.json").read_text())["values"]["validation"] == "test"
+        evaluation = json.loads((run / "evaluation-other.json").read_text())
+        assert (evaluation["images"], evaluation["loss"] > 0) == (32, True)
+    assert "| the post's | 100 | published |" in done.stdout
+    assert verify(tmp_path / "table") == []
 
 
 def run_experiment(name, folder, **settings):
