@@ -50,6 +50,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "highest": ("highest", "{:.1f}"),
     "ratio": ("Ours to it", "{:.2f}"),
     "teraflop_per_second": ("TFLOP/s", "{:.3f}"),
+    "peak_share": ("Of matrix products' speed, %", "{:.0f}"),
     "build_seconds": ("Import and build, s", "{:.1f}"),
     "first_step_seconds": ("First step, s", "{:.1f}"),
     "input_share": ("Waiting for images, %", "{:.2f}"),
@@ -81,6 +82,27 @@ def training_gflop(config):
             channels = last
     heads = 2 * corner * config.intermediate_dim * config.latent_dim
     return 6e-9 * (total + heads + positions * channels * config.image_shape[-1])
+
+
+def matrix_speed(precision):
+    """TFLOP/s in products of large matrices, which is about what the device can do at most."""
+    import keras
+
+    side = 4096
+    matrix = keras.random.normal((side, side), stddev=side**-0.5, dtype=precision.removeprefix("mixed_"))
+
+    def products(count):
+        began, product = time.perf_counter(), matrix
+        for _ in range(count):
+            product = keras.ops.matmul(matrix, product)
+        keras.ops.convert_to_numpy(product[0, :1])  # waits
+        return time.perf_counter() - began
+
+    count, seconds = 1, products(1)
+    while seconds < 0.5:
+        count *= 2
+        seconds = products(count)
+    return 2e-12 * count * side**3 / seconds
 
 
 def make_training(library, config):
@@ -149,11 +171,14 @@ def make_training(library, config):
 def work(library, precision, config):
     """A contestant's process: a line "N" on its input asks for N steps; it answers with the seconds they took.
 
-    It builds the network at the first line, which may ask for no steps.
+    It builds the network at the first line, which may ask for no steps. A line "peak" asks for `matrix_speed`.
     """
     config = Config(**{**json.loads(config), "precision": precision})
     train = None
     for line in sys.stdin:
+        if line.strip() == "peak":
+            print(json.dumps(matrix_speed(precision)), flush=True)
+            continue
         began = time.perf_counter()
         train = train or make_training(library, config)
         waited = train(int(line)) if int(line) else 0.0
@@ -180,10 +205,11 @@ class Contestant:
         )
 
     def ask(self, steps):
-        """Have it train for so many steps; the first time it builds the network, too.
+        """Have it train for so many steps; the first time it builds the network, too. Or ask for its "peak".
 
         Returns:
-            A dict: the seconds, those of them that it waited for images, and its peak memory in MB.
+            A dict: the seconds, those of them that it waited for images, and its peak memory in MB. Or its TFLOP/s in
+            products of matrices.
 
         Raises:
             BenchmarkError: the process died; what it had to say is on stderr.
@@ -223,6 +249,7 @@ def measure(case, config, names, rounds, seconds):
         for _ in range(rounds):
             for contestant in contestants:
                 answers[contestant.name].append(contestant.ask(steps))
+        peaks = {contestant.name: contestant.ask("peak") for contestant in contestants}
     finally:
         for contestant in contestants:
             contestant.close()
@@ -230,6 +257,7 @@ def measure(case, config, names, rounds, seconds):
     for name in names:
         speeds = [config.batch_size * steps / answer["seconds"] for answer in answers[name]]
         speed = statistics.median(speeds)
+        teraflops = speed * training_gflop(config) / 1000
         row = {
             "case": case,
             "contestant": name,
@@ -237,7 +265,8 @@ def measure(case, config, names, rounds, seconds):
             "lowest": min(speeds),
             "highest": max(speeds),
             "ratio": rows[0]["images_per_second"] / speed if rows else 1.0,
-            "teraflop_per_second": speed * training_gflop(config) / 1000,
+            "teraflop_per_second": teraflops,
+            "peak_share": 100 * teraflops / peaks[name],
             "build_seconds": builds[name],
             "first_step_seconds": firsts[name],
             "input_share": 100 * statistics.median(a["waited"] / a["seconds"] for a in answers[name]),

@@ -97,6 +97,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
         assert 0 < float(row["lowest"]) <= float(row["images_per_second"]) <= float(row["highest"])
         assert float(row["build_seconds"]) > 0 < float(row["first_step_seconds"])
         assert 0 < float(row["input_share"]) < 50
+        assert 0 < float(row["peak_share"]) < 100
     assert (tmp_path / "speed.png").stat().st_size > 5000
     assert verify(tmp_path) == []
     (tmp_path / "speed.md").write_text("")

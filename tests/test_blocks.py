@@ -238,6 +238,33 @@ def test_block_in_bfloat16_is_close(kind):
     assert np.abs(output - expected).mean() < 0.02 * np.abs(expected).mean()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="float64 gradients as TensorFlow has them")
+def test_gradients_of_a_normalized_convolution_in_bfloat16():
+    """What is rounded must not add up over the positions; the inputs lie far from zero for their spread."""
+    import tensorflow as tf
+
+    x, kernel = np.maximum(RNG.standard_normal((16, 16, 16, 8)) + 2, 0), RNG.standard_normal((1, 1, 8, 32)) / 2
+    weights, results = RNG.standard_normal((16, 16, 16, 32)), []
+    for dtype in ("float64", "bfloat16"):
+        policy = dtype if dtype == "float64" else "mixed_bfloat16"
+        convolution = keras.layers.Conv2D(32, 1, dtype=policy)
+        normalization = BatchNormalization(dtype=policy)
+        convolution.build((None, 16, 16, 8))
+        convolution.kernel.assign(kernel)
+        normalization.build((None, 16, 16, 32))
+        images = tf.constant(x, dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            output = blocks._normalized(convolution, normalization, images, training=True)
+        sources = [images, convolution.kernel.value]
+        gradients = tape.gradient(output, sources, tf.constant(weights, dtype))
+        results.append([tf.cast(value, "float64").numpy() for value in (output, *gradients)])
+    for exact, rounded in zip(*results, strict=True):
+        assert np.square(rounded - exact).mean() < 0.02**2 * np.square(exact).mean()
+    for exact, rounded in list(zip(*results, strict=True))[:2]:  # of these the sum over the positions is zero
+        assert np.abs(rounded.mean((0, 1, 2))).max() < 1e-3 * np.sqrt(np.square(exact).mean())
+
+
 def test_batch_normalization_is_kerass_own():
     """Outputs, gradients through training steps and moving statistics, against the layer it takes the place of."""
     ours, theirs = BatchNormalization(momentum=0.8), keras.layers.BatchNormalization(momentum=0.8)
