@@ -189,7 +189,7 @@ class ResidualBlock(layers.Layer):
         if enlarges:
             y = self._enlarged(x, training)
         else:
-            read = x if self.transpose else _every(x, self.strides)
+            read = _every(x, self.strides)
             y = self.normalizations[0](_convolve_read(self.convolutions[0], read), training=training)
             y = self.convolutions[1](ops.relu(y))
         y = ops.relu(self.normalizations[1](y, training=training))
@@ -387,7 +387,7 @@ class Repeated(layers.Layer):
         def block(x, weights):
             return pattern.stateless_call(weights, initial, x, training=True)
 
-        x, moments = scan(block, x, stacks[:trained], [weight.shape for weight in initial], self.remat)
+        x, moments = scan(block, x, stacks[:trained], initial, self.remat)
         for stack, batch in zip(self.stacks[trained:], moments, strict=True):
             stack.assign(self.momentum * stack + (1 - self.momentum) * batch)
         return x

@@ -12,7 +12,7 @@ def scan(function, x, stacks, outputs=(), remat=False):
             differentiated.
         x: tensor.
         stacks: the weights, each (count, …).
-        outputs: shapes of those further tensors, one axis each.
+        outputs: tensors like those further ones, of one axis each.
         remat: keep only each x for the gradient and apply the function a second time to get at the rest
             (https://arxiv.org/abs/1604.06174).
 
@@ -31,7 +31,7 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
     """
     import tensorflow as tf
 
-    count, widths = stacks[0].shape[0], [shape[0] for shape in outputs]
+    count, widths = stacks[0].shape[0], [each.shape[0] for each in outputs]
     vectors = [number for number, stack in enumerate(stacks) if len(stack.shape) == 2]
     others = [number for number, stack in enumerate(stacks) if len(stack.shape) != 2]
     lengths = [stacks[number].shape[1] for number in vectors]
@@ -40,8 +40,8 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
         packed = [stacks[number] for number in others]
         return [tf.concat([stacks[number] for number in vectors], 1), *packed] if vectors else packed
 
-    def unpack(packed, axis=0):
-        parts = tf.split(packed[0], lengths, axis) if vectors else []
+    def unpack(packed):
+        parts = tf.split(packed[0], lengths) if vectors else []
         weights = dict(zip([*vectors, *others], [*parts, *packed[bool(vectors) :]], strict=True))
         return [weights[number] for number in range(len(weights))]
 
@@ -56,7 +56,7 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
             x, y = function(x, unpack([each.read(index) for each in weights]))
             return index + 1, x, [each.write(index, tf.concat(y, 0)) for each in written], inputs
 
-        written = [array((sum(widths),), "float32")] if widths else []
+        written = [array((sum(widths),), outputs[0].dtype)] if widths else []
         state = (0, x, written, [array(x.shape, x.dtype)] if keep else [])
         _, x, written, inputs = tf.while_loop(lambda index, *_: index < count, step, state, maximum_iterations=count)
         return x, [each.stack() for each in written], weights, inputs
