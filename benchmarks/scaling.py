@@ -64,6 +64,7 @@ def grow(axis, values, make_config, rounds, seconds):
 def draw(rows):
     """Two rows of panels: seconds a step and peak memory against each axis, on logarithmic scales."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(3 * len(axes), 5), layout="constrained")
@@ -79,6 +80,8 @@ def draw(rows):
             panel.set_title(f"exponent {own[-1][slope]}", fontsize="medium")
             panel.set_xticks(values, [f"{value:g}" for value in values])
             panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
             if column == 0:
                 panel.set_ylabel(label)
         grid[1, column].set_xlabel(AXES[axis][0])
