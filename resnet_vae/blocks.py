@@ -265,7 +265,7 @@ def _normalized(convolution, normalization, x, training):
     """A 1×1 convolution of the positions that it reads, and its normalisation.
 
     Not folded in bfloat16: the moments of exact outputs are not those of the rounded ones, and what is left of their
-    difference, small as it is, adds up over all positions: trainings went astray when their rate had become small.
+    difference, small as it is, adds up over all positions in the gradients.
     """
     if x.shape[-1] > FOLDED or keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         return normalization(_convolve_read(convolution, x), training=training)
