@@ -6,10 +6,12 @@ so that a network of a thousand weight layers is a chain of a few hundred blocks
 in another way without its users seeing it.
 """
 
+import json
+
 import keras
 from keras import layers, ops
 
-from resnet_vae.loop import scan
+from resnet_vae.loop import scan, traced_once
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, matrix, pointwise, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
@@ -348,6 +350,7 @@ class Repeated(layers.Layer):
         # Without momentum, so that within the loop the moving averages are the batch's moments; they move after it.
         pattern = ResidualBlock(filters, kernel_size, momentum=0.0, dtype=self.dtype_policy, name="block", **options)
         self.pattern = lambda: pattern  # a function, so that Keras does not count the pattern's weights
+        self._loops = {}  # by whether it is training
 
     def build(self, input_shape):
         pattern = self.pattern()
@@ -373,24 +376,32 @@ class Repeated(layers.Layer):
         )
 
     def call(self, x, training=None):
-        pattern, trained = self.pattern(), len(self.pattern().trainable_variables)
-        stacks = [ops.convert_to_tensor(stack) for stack in self.stacks]
-        if not (training and self.trainable):
-
-            def block(x, weights):
-                return pattern.stateless_call(weights[:trained], weights[trained:], x, training=False)[0], []
-
-            return scan(block, x, stacks)[0]
-
-        initial = [ops.convert_to_tensor(weight) for weight in pattern.non_trainable_variables]
-
-        def block(x, weights):
-            return pattern.stateless_call(weights, initial, x, training=True)
-
-        x, moments = scan(block, x, stacks[:trained], initial, self.remat)
-        for stack, batch in zip(self.stacks[trained:], moments, strict=True):
+        training, trained = bool(training and self.trainable), len(self.pattern().trainable_variables)
+        stacks = self.stacks[:trained] if training else self.stacks
+        x, moments = self._loop(training)(x, stacks)
+        for stack, batch in zip(self.stacks[trained:] if training else (), moments, strict=True):
             stack.assign(self.momentum * stack + (1 - self.momentum) * batch)
         return x
+
+    def _loop(self, training):
+        """The blocks as a function of x and the stacks; layers that differ in their weights alone share its trace."""
+        pattern, remat = self.pattern(), self.remat and training
+        trained = len(pattern.trainable_variables)
+
+        def loop(x, stacks):
+            stacks = [ops.convert_to_tensor(stack) for stack in stacks]
+            if not training:
+                return scan(lambda x, each: (block(x, each[:trained], each[trained:])[0], []), x, stacks)
+            initial = [ops.convert_to_tensor(weight) for weight in pattern.non_trainable_variables]
+            return scan(lambda x, each: block(x, each, initial), x, stacks, initial, remat)
+
+        def block(x, *weights):
+            return pattern.stateless_call(*weights, x, training=training)
+
+        if training not in self._loops:
+            config = {**pattern.get_config(), "name": None}
+            self._loops[training] = traced_once(loop, (json.dumps(config, default=str), training, remat))
+        return self._loops[training]
 
     def compute_output_shape(self, input_shape):
         return input_shape

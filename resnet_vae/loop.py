@@ -1,7 +1,29 @@
 """One function applied again and again with the weights of one layer after the other: a loop instead of copies."""
 
+import weakref
+
 import keras
 from keras import ops
+
+_shared = weakref.WeakValueDictionary()
+
+
+def traced_once(function, key):
+    """The function; on TensorFlow, one that is traced and prepared once for all calls with one key.
+
+    Args:
+        function: tensor, list of tensors → tensors. All that it depends on, but for these, stands in the key.
+        key: hashable. What is returned for it is shared as long as someone keeps it.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    shared = _shared.get(key)
+    if shared is None:  # not inlined, or else TensorFlow prepares it once a call
+        shared = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+        _shared[key] = shared
+    return lambda x, stacks: shared(x, [tf.convert_to_tensor(stack) for stack in stacks])  # values, not variables
 
 
 def scan(function, x, stacks, outputs=(), remat=False):
@@ -54,7 +76,8 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
         def step(index, x, written, inputs):
             inputs = [kept.write(index, x) for kept in inputs]
             x, y = function(x, unpack([each.read(index) for each in weights]))
-            return index + 1, x, [each.write(index, tf.concat(y, 0)) for each in written], inputs
+            y = tf.stop_gradient(tf.concat(y, 0)) if written else None
+            return index + 1, x, [each.write(index, y) for each in written], inputs
 
         written = [array((sum(widths),), outputs[0].dtype)] if widths else []
         state = (0, x, written, [array(x.shape, x.dtype)] if keep else [])

@@ -6,6 +6,7 @@ import pytest
 
 from resnet_vae import blocks
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
+from resnet_vae.loop import traced_once
 from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
@@ -201,19 +202,23 @@ def test_gradients_in_float32_are_those_in_float64(kind):
     ids=["plain", "remat", "basic, pre, learned step", "no shortcut"],
 )
 def test_repeated_blocks_are_single_ones_in_a_row(options):
-    """Outputs in training and after, moving statistics and the steps of an optimizer; split and join."""
+    """Outputs in training and after, moving statistics and the steps of an optimizer; split and join.
+
+    Of two rows of one shape, which may share all but their weights.
+    """
     keras.utils.set_random_seed(3)
     image = keras.Input((4, 6, 6))
-    loop = Repeated(3, **{"filters": (3, 4, 6), "gain": 0.5, "momentum": 0.8, **options})
-    looped = keras.Model(image, loop(image))
-    kernels = keras.ops.convert_to_numpy(next(stack for stack in loop.stacks if "conv1_kernel" in stack.path))
+    loops = [Repeated(3, **{"filters": (3, 4, 6), "gain": 0.5, "momentum": 0.8, **options}) for _ in range(2)]
+    looped = keras.Model(image, loops[1](loops[0](image)))
+    kernels = keras.ops.convert_to_numpy(next(stack for stack in loops[0].stacks if "conv1_kernel" in stack.path))
     assert kernels.shape[0] == 3
     assert np.abs(kernels[0] - kernels[1]).min() > 0
     assert 0.4 < kernels.std() / np.sqrt(2 / np.prod(kernels.shape[1:4])) < 1.6  # he_normal's
-    blocks, row = loop.split(), image
-    for block in blocks:
-        row = block(row)
-    chained = keras.Model(image, row)
+    rows, y = [loop.split() for loop in loops], image
+    for row in rows:
+        for block in row:
+            y = block(y)
+    chained = keras.Model(image, y)
 
     x = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
     y = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
@@ -223,10 +228,27 @@ def test_repeated_blocks_are_single_ones_in_a_row(options):
             model.train_on_batch(x, y)
     single = chained.predict(x, verbose=0)
     np.testing.assert_allclose(looped.predict(x, verbose=0), single, rtol=1e-3, atol=1e-4)
-    trained = [keras.ops.convert_to_numpy(stack) for stack in loop.stacks]
-    loop.join(blocks)
-    for stack, before in zip(loop.stacks, trained, strict=True):
-        np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), before, rtol=1e-3, atol=1e-4)
+    for loop, row in zip(loops, rows, strict=True):
+        trained = [keras.ops.convert_to_numpy(stack) for stack in loop.stacks]
+        loop.join(row)
+        for stack, before in zip(loop.stacks, trained, strict=True):
+            np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's traces")
+def test_loops_of_one_shape_are_traced_once():
+    traces = []
+
+    def add_up(x, stacks):
+        traces.append(x.shape)
+        return x + stacks[0]
+
+    x = keras.ops.ones((2, 3))
+    first, second, other = (traced_once(add_up, key) for key in ("same", "same", "another"))
+    for added in (x, keras.Variable(5 * x)):
+        for function in (first, second, other):
+            np.testing.assert_array_equal(function(x, [added]), x + added)
+    assert traces == [(2, 3)] * 2
 
 
 @pytest.mark.parametrize("kind", ["identity", "transposed"])
