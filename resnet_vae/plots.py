@@ -108,15 +108,11 @@ def losses_by_epoch(runs):
         label = ", ".join([describe(run), *_swept(run, runs)])
         axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=label)
         axes.plot(epochs, [row["loss"] for row in run.history], "--", color=color)
-    axes.plot([], [], "k.-", label="validation")
-    axes.plot([], [], "k--", label="training")
     training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
     keep_in_sight(axes, training, validation, "validation")
     axes.set(xlabel="epoch", ylabel="loss, nats per image")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    _finish(figure, ".", "")
     return figure
 
 
@@ -135,28 +131,43 @@ def keep_in_sight(axes, training, others, name):
 
 
 def losses_by_depth(runs):
-    """Draw the best epoch's losses of a sweep's runs against depth, beside the post's where the data is CIFAR-10."""
+    """Draw the best epoch's losses of a sweep's runs against depth: training dashed, validation solid.
+
+    The post's stand beside them where they may be compared: on CIFAR-10, under its objective.
+    """
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
     lines = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.config.resnet_depth):
         lines.setdefault(", ".join([run.config.loss_meaning, *_swept(run, runs)]), []).append(run)
-    for number, (meaning, chosen) in enumerate(sorted(lines.items())):
-        depths = [run.config.resnet_depth for run in chosen]
-        for name, style in (("validation", "o-"), ("train", "s--")):
-            label = f"{meaning}, {'training' if name == 'train' else name}"
-            axes.plot(
-                depths, [run.metrics[name]["loss"] for run in chosen], style, color=f"C{number % 10}", label=label
-            )
-    if any("cifar10" in run.provenance["data"]["name"].lower().replace("-", "") for run in runs):
+    for number, (label, chosen) in enumerate(sorted(lines.items())):
+        depths, color = [run.config.resnet_depth for run in chosen], f"C{number % 10}"
+        axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=label)
+        axes.plot(depths, [run.metrics["train"]["loss"] for run in chosen], "s--", color=color)
+    ticks = {run.config.resnet_depth for run in runs}
+    if any(run.config.objective == "published" and _is_cifar10(run) for run in runs):
         depths = [row["depth"] for row in POST]
-        axes.plot(depths, [row["val_loss"] for row in POST], "o:", color="gray", label="the post, validation: no bound")
-        axes.plot(depths, [row["loss"] for row in POST], "s:", color="silver", label="the post, training: no bound")
+        axes.plot(depths, [row["val_loss"] for row in POST], "o-", color="gray", label="the post's own figures")
+        axes.plot(depths, [row["loss"] for row in POST], "s--", color="gray")
+        ticks.update(depths)
+    axes.set_xticks(sorted(ticks))
     axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
+    _finish(figure, "o", "s")
+    return figure
+
+
+def _is_cifar10(run):
+    return "cifar10" in run.provenance["data"]["name"].lower().replace("-", "")
+
+
+def _finish(figure, validation, training):
+    """The legend of a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
+    (axes,) = figure.axes
+    axes.plot([], [], f"k{validation}-", label="validation")
+    axes.plot([], [], f"k{training}--", label="training")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    return figure
 
 
 def _swept(run, runs):

@@ -87,10 +87,21 @@ def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     assert first.startswith("| none-28 | 28 | elbo | 1 | none | none | 1,234,567 |")
     figures = of_sweep(read_sweep(tmp_path))
     labels = [line.get_label() for line in figures["losses_by_depth"].axes[0].get_lines()]
-    assert "negative ELBO, augment flip shift, shortcut projection, validation" in labels
-    assert len(labels) == 4 + 2
+    assert "negative ELBO, augment flip shift, shortcut projection" in labels
+    assert "the post's own figures" not in labels  # they are of another objective
     labels = [line.get_label() for line in figures["losses_by_epoch"].axes[0].get_lines()]
     assert "depth 100, elbo, augment none, shortcut none" in labels
+
+
+def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_with(tmp_path):
+    for depth in (100, 28):
+        write_run(tmp_path / f"{depth}", depth, 1800.0 + depth, objective="published")
+    (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    ours = list(zip(*lines["the post's objective: no bound"].get_data(), strict=True))
+    posts = list(zip(*lines["the post's own figures"].get_data(), strict=True))
+    assert ours == [(28, 1828.0), (100, 1900.0)]
+    assert posts == [(28, 1794.7), (40, 1795.7), (70, 1799.0), (100, 1804.0)]
 
 
 def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
