@@ -11,7 +11,7 @@ import json
 import keras
 from keras import layers, ops
 
-from resnet_vae.loop import scan, traced_once
+from resnet_vae.loop import convolution_for_loops, scan, traced_once
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, matrix, pointwise, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
@@ -193,7 +193,7 @@ class ResidualBlock(layers.Layer):
         else:
             read = _every(x, self.strides)
             y = self.normalizations[0](_convolve_read(self.convolutions[0], read), training=training)
-            y = self.convolutions[1](ops.relu(y))
+            y = _convolve(self.convolutions[1], ops.relu(y))
         y = ops.relu(self.normalizations[1](y, training=training))
         y = _normalized(self.convolutions[2], self.normalizations[2], y, training)
         if self.learned_step:
@@ -250,6 +250,10 @@ def _convolve(convolution, x):
     https://github.com/uxlfoundation/oneDNN/issues/6035.
     """
     transposed = isinstance(convolution, layers.Conv2DTranspose)
+    convolve = convolution_for_loops()
+    if convolve and not transposed and convolution.strides == (1, 1) and convolution.kernel_size[0] % 2:
+        x = convolve(x, ops.cast(convolution.kernel, x.dtype))
+        return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
     if convolution.kernel_size != (1, 1) or convolution.strides == (1, 1) or (transposed and None in x.shape[1:3]):
         return convolution(x)
     if not transposed:
