@@ -1,5 +1,6 @@
 """Pictures of runs: curves, grids of images, and the figures of a sweep."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,18 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
     images = np.asarray(images)
     if images.dtype == np.uint8:
         images = images / 255
-    count, height, width, channels = images.shape
+    count, height, across, channels = images.shape
     rows = -(-count // columns)
     pad = 1
-    sheet = np.ones((rows * (height + pad) - pad, columns * (width + pad) - pad, channels))
+    sheet = np.ones((rows * (height + pad) - pad, columns * (across + pad) - pad, channels))
     for index, image in enumerate(images):
-        top, left = index // columns * (height + pad), index % columns * (width + pad)
-        sheet[top : top + height, left : left + width] = image
+        top, left = index // columns * (height + pad), index % columns * (across + pad)
+        sheet[top : top + height, left : left + across] = image
     if channels not in (1, 3, 4):
         sheet = sheet.mean(axis=-1, keepdims=True)
-    figure = Figure(figsize=(columns * side + (1.3 if row_labels else 0.2), rows * side + (0.5 if title else 0.2)))
+    width = columns * side + (1.3 if row_labels else 0.2)
+    title = textwrap.wrap(title or "", max(20, int(12 * width)))  # about 12 characters an inch
+    figure = Figure(figsize=(width, rows * side + 0.3 + 0.2 * len(title)))
     axes = figure.add_subplot()
     axes.imshow(sheet[..., 0] if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
@@ -46,7 +49,7 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
         axes.set_yticks([row * (height + pad) + height / 2 for row in range(rows)], row_labels)
         axes.tick_params(axis="y", length=0)
     if title:
-        axes.set_title(title, fontsize=10)
+        axes.set_title("\n".join(title), fontsize=10)
     figure.tight_layout()
     return figure
 
