@@ -90,8 +90,10 @@ def curves(run):
     figure = Figure(figsize=(9, 3))
     for axes, name in zip(figure.subplots(1, 3), ("loss", "reconstruction", "kl"), strict=True):
         epochs = [row["epoch"] for row in run.history]
-        axes.plot(epochs, [row[name] for row in run.history], ".-", label="training")
-        axes.plot(epochs, [row[f"val_{name}"] for row in run.history], ".-", label="validation")
+        training, validation = ([row[f"{of}{name}"] for row in run.history] for of in ("", "val_"))
+        axes.plot(epochs, training, ".-", label="training")
+        axes.plot(epochs, validation, ".-", label="validation")
+        keep_in_sight(axes, training, validation, "validation")
         axes.set(xlabel="epoch", ylabel="nats per image", title="KL" if name == "kl" else name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -128,8 +130,8 @@ def keep_in_sight(axes, training, others, name):
     lowest, highest = min(*training, *others), max(training)
     margin = 0.1 * (highest - lowest)
     if max(others) > highest + 10 * margin:
-        axes.set_ylim(lowest - margin, highest + margin)
-        told = f"{name} up to {max(others):,.0f}, above the figure"
+        axes.set_ylim(lowest - 2 * margin, highest + margin)  # with room for the words
+        told = f"{name} up to {max(others):,.0f},\nabove the figure"
         axes.text(0.02, 0.02, told, fontsize=8, transform=axes.transAxes)
 
 
