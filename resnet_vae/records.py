@@ -208,7 +208,9 @@ def environment(backend, devices):
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit = git("rev-parse", "HEAD")
+        but_records = ("--", ":/", ":(top,exclude)results")  # which one that is made again is just changing
+        changes = git("status", "--porcelain", "--untracked-files=no", *but_records)
     except OSError:  # no git
         commit = changes = None
     program = Path(sys.argv[0]).name
