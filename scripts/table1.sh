@@ -19,6 +19,6 @@ if nvidia-smi -L > /dev/null 2>&1; then
   export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
 else
   export WIDTH=${WIDTH:-0.25} BATCH_SIZE=${BATCH_SIZE:-100} OBJECTIVE=${OBJECTIVE:-published elbo}
-  export DEPTHS=${DEPTHS:-28:32 40:24 70:14 100:10}
+  export DEPTHS=${DEPTHS:-28:38 40:29 70:18 100:13}
 fi
 exec "$(dirname "${BASH_SOURCE[0]}")/run_all.sh" "$folder"
