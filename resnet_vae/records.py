@@ -209,7 +209,7 @@ def environment(backend, devices):
 
     try:
         commit = git("rev-parse", "HEAD")
-        but_records = ("--", ":/", ":(top,exclude)results")  # which one that is made again is just changing
+        but_records = ("--", ":/", ":(top,exclude)results")  # a record that is made again changes these
         changes = git("status", "--porcelain", "--untracked-files=no", *but_records)
     except OSError:  # no git
         commit = changes = None
