@@ -3,10 +3,9 @@
 #
 # Trains the four depths on CIFAR-10, with the test images for validation as in the post, and makes the table. Where
 # there is an NVIDIA GPU: at full width, under the post's objective, with epochs meant for half an hour (not measured
-# yet). Elsewhere: at a quarter of the width, under both objectives, with epochs meant for 100 minutes a run on two cores.
-# What is set beforehand stays as it is;
-# DATASET=data/cifar10 and EVALUATE=data/other.npz, for instance. It is run_all.sh with these settings: it runs
-# unattended, and after an interruption the same command goes on.
+# yet). Elsewhere: at a quarter of the width, under both objectives, with epochs for 100 minutes a run on two cores.
+# What is set beforehand stays as it is; DATASET=data/cifar10 and EVALUATE=data/other.npz, for instance. It is run_all.sh
+# with these settings: it runs unattended, and after an interruption the same command goes on.
 set -euo pipefail
 
 folder=${1:-runs/table1}
