@@ -192,23 +192,26 @@ class ResidualBlock(layers.Layer):
             y = self._enlarged(x, training)
         else:
             read = _every(x, self.strides)
-            y = self.normalizations[0](_convolve_read(self.convolutions[0], read), training=training)
-            y = _convolve(self.convolutions[1], ops.relu(y))
-        y = ops.relu(self.normalizations[1](y, training=training))
-        y = _normalized(self.convolutions[2], self.normalizations[2], y, training)
+            y = pointwise(read, matrix(self.convolutions[0]))
+            y = self.normalizations[0].biased(y, self.convolutions[0].bias, training)
+            y = _without_bias(self.convolutions[1], ops.relu(y))
+        y = ops.relu(self.normalizations[1].biased(y, self.convolutions[1].bias, training))
+        y, shifts = _normalized(self.convolutions[2], self.normalizations[2], y, training)
         if self.learned_step:
-            y = y * ops.cast(self.step, y.dtype)
+            y, shifts = y * ops.cast(self.step, y.dtype), [shift * self.step for shift in shifts]
         if enlarges and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
-            x, y = _spread(x, self.strides), ops.add(y, ops.cast(constant, y.dtype))
+            x, shifts = _spread(x, self.strides), [*shifts, constant]
         elif projects:
-            x = _normalized(self.shortcut, self.shortcut_bn, read, training)
+            x, more = _normalized(self.shortcut, self.shortcut_bn, read, training)
+            shifts = shifts + more
         elif self.shortcut_kind != "none":
             x = self._skip(x, training)
-        return ops.relu(y if self.shortcut_kind == "none" else y + x)
+        y = y if self.shortcut_kind == "none" else y + x
+        return ops.relu(ops.add(y, ops.cast(sum(shifts), y.dtype)) if shifts else y)
 
     def _enlarged(self, x, training):
-        """The same for a strided transposed conv1.
+        """conv2's output without its bias, for a strided transposed conv1.
 
         Less a constant a channel, the image that conv2 sees is zero except at the positions of x: so conv2 of it is a
         strided transposed convolution of x's size. The constant's own convolution varies only at the border.
@@ -219,8 +222,7 @@ class ResidualBlock(layers.Layer):
         kernel = ops.convert_to_tensor(self.convolutions[1].kernel)
         y = ops.relu(signal + constant) - ops.relu(constant)
         y = _enlarge(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides)
-        elsewhere = _convolved_constant(ops.relu(constant), kernel, height, width)
-        return y + (ops.add(elsewhere, self.convolutions[1].bias) if self.use_bias else elsewhere)
+        return y + _convolved_constant(ops.relu(constant), kernel, height, width)
 
     def compute_output_shape(self, input_shape):
         return (*self.convolutions[0].compute_output_shape(input_shape)[:-1], self.filters[-1])
@@ -244,27 +246,29 @@ class ResidualBlock(layers.Layer):
 
 
 def _convolve(convolution, x):
-    """A convolution of x; a strided one of side 1, transposed or not, only at the positions that it reads or fills.
+    """A convolution of x."""
+    x = _without_bias(convolution, x)
+    return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
+
+
+def _without_bias(convolution, x):
+    """A convolution of x less its bias; a strided one of side 1 only at the positions that it reads or fills.
 
     TensorFlow's own, by oneDNN, has wrong gradients of the kernel where channels are few, and writes where it must not:
     https://github.com/uxlfoundation/oneDNN/issues/6035.
     """
-    transposed = isinstance(convolution, layers.Conv2DTranspose)
+    kernel, strides = ops.cast(convolution.kernel, x.dtype), convolution.strides
+    transposed, strided = isinstance(convolution, layers.Conv2DTranspose), strides != (1, 1)
+    if strided and convolution.kernel_size == (1, 1) and not (transposed and None in x.shape[1:3]):
+        read = x if transposed else _every(x, strides)
+        x = pointwise(read, matrix(convolution))
+        return _spread(x, strides) if transposed else x
+    if transposed:
+        return ops.conv_transpose(x, kernel, strides, padding="same")
     convolve = convolution_for_loops()
-    if convolve and not transposed and convolution.strides == (1, 1) and convolution.kernel_size[0] % 2:
-        x = convolve(x, ops.cast(convolution.kernel, x.dtype))
-        return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
-    if convolution.kernel_size != (1, 1) or convolution.strides == (1, 1) or (transposed and None in x.shape[1:3]):
-        return convolution(x)
-    if not transposed:
-        return _convolve_read(convolution, _every(x, convolution.strides))
-    x = _spread(pointwise(x, matrix(convolution)), convolution.strides)
-    return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
-
-
-def _convolve_read(convolution, x):
-    """A 1×1 convolution, transposed or not, of the positions that it reads."""
-    return pointwise(x, matrix(convolution), convolution.bias if convolution.use_bias else None)
+    if convolve and not strided and convolution.kernel_size[0] % 2:
+        return convolve(x, kernel)
+    return ops.conv(x, kernel, strides, padding="same")
 
 
 def _normalized(convolution, normalization, x, training):
@@ -272,16 +276,35 @@ def _normalized(convolution, normalization, x, training):
 
     Not folded in bfloat16: the moments of exact outputs are not those of the rounded ones, and what is left of their
     difference, small as it is, adds up over all positions in the gradients.
+
+    Returns:
+        (batch, height, width, filters), and a list of what has to be added to it, (filters,) each.
     """
     if x.shape[-1] > FOLDED or keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        return normalization(_convolve_read(convolution, x), training=training)
-    return pointwise(x, *fold(convolution, normalization, x, training))
+        return normalization.biased(pointwise(x, matrix(convolution)), convolution.bias, training), []
+    folded, shift = fold(convolution, normalization, x, training)
+    return pointwise(x, folded), [shift]
 
 
 def _every(x, strides):
     """Every stride-th position: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
-    # As a pooling of single positions: TensorFlow's gradient of a slice with steps takes ten times as long.
-    return x if tuple(strides) == (1, 1) else ops.average_pool(x, 1, strides, padding="valid")
+    (_, height, width, channels), (rows, columns) = x.shape, strides
+    if tuple(strides) == (1, 1):
+        return x
+    if None in (height, width) or height % rows or width % columns:
+        return ops.average_pool(x, 1, strides, padding="valid")  # of single positions
+    height, width = height // rows, width // columns
+    x = ops.reshape(x, (-1, height, rows, width, columns * channels))
+    return ops.reshape(_part(x, (0, 0, 0, 0), (height, 1, width, channels)), (-1, height, width, channels))
+
+
+def _part(x, first, shape):
+    """The part of x (batch, …) of a shape from the indices `first`, in all axes but the batch."""
+    if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
+        import tensorflow as tf
+
+        return tf.slice(x, (0, *first), (-1, *shape))
+    return x[:, *(slice(start, start + size) for start, size in zip(first, shape, strict=True))]
 
 
 def _enlarge(x, kernel, strides):
@@ -298,11 +321,7 @@ def _enlarge(x, kernel, strides):
     (rows, columns), first = strides, kernel.shape[0] // 2
     height, width = x.shape[1] * rows, x.shape[2] * columns
     x = ops.conv_transpose(x, kernel, strides, padding="valid")
-    if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
-        import tensorflow as tf
-
-        return tf.slice(x, (0, first, first, 0), (-1, height, width, -1))
-    return x[:, first : first + height, first : first + width]
+    return _part(x, (first, first, 0), (height, width, x.shape[-1]))
 
 
 def _spread(x, strides):

@@ -19,19 +19,50 @@ class BatchNormalization(layers.BatchNormalization):
     """
 
     def call(self, inputs, training=None, mask=None):
-        fused = keras.backend.backend() == "tensorflow" and len(inputs.shape) == 4 and mask is None
-        if not fused or self.axis not in (-1, 3) or keras.backend.standardize_dtype(inputs.dtype) == "float64":
+        if mask is not None or not self._fuses(inputs):
             return super().call(inputs, training=training, mask=mask)
+        return self._fused(inputs, None, training)
+
+    def biased(self, inputs, bias, training=None):
+        """The normalisation of inputs + bias.
+
+        In training the bias, which changes nothing but the mean, need not be added, and its gradient is exactly zero.
+        Otherwise rounding errors reach it, of which Adam makes steps of the usual length: the bias wanders, and the
+        moving mean lags behind it.
+
+        Args:
+            inputs: as of `call`.
+            bias: (channels,), or None.
+            training: as of `call`.
+        """
+        if bias is None:
+            return self.call(inputs, training=training)
+        if self._fuses(inputs):
+            return self._fused(inputs, bias, training)
+        if training and self.trainable:
+            bias = ops.stop_gradient(bias) + 0.0 * bias  # a gradient of zero; none at all would be a mistake to Keras
+        return self.call(ops.add(inputs, ops.cast(bias, inputs.dtype)), training=training)
+
+    def _fuses(self, inputs):
+        fused = keras.backend.backend() == "tensorflow" and len(inputs.shape) == 4 and self.axis in (-1, 3)
+        return fused and keras.backend.standardize_dtype(inputs.dtype) != "float64"
+
+    def _fused(self, inputs, bias, training):
         import tensorflow as tf
 
-        normalize, options = tf.compat.v1.nn.fused_batch_norm, {"epsilon": self.epsilon}
-        if not (training and self.trainable):
-            options |= {"mean": self.moving_mean, "variance": self.moving_variance, "is_training": False}
-            return normalize(inputs, self.gamma, self.beta, **options)[0]
-        outputs, mean, variance = normalize(inputs, self.gamma, self.beta, **options)
-        count = tf.cast(tf.size(inputs) // inputs.shape[-1], "float32")
-        self._remember(mean, variance * (count - 1) / count)  # the operation returns the unbiased variance
-        return outputs
+        normalize, shift = tf.compat.v1.nn.fused_batch_norm, self.beta
+        bias = None if bias is None else tf.cast(bias, "float32")
+        if training and self.trainable:
+            shift = shift if bias is None else shift + 0.0 * bias
+            outputs, mean, variance = normalize(inputs, self.gamma, shift, epsilon=self.epsilon)
+            count = tf.cast(tf.size(inputs) // inputs.shape[-1], "float32")
+            mean = mean if bias is None else mean + bias
+            self._remember(mean, variance * (count - 1) / count)  # the operation returns the unbiased variance
+            return outputs
+        if bias is not None:
+            shift += bias * self.gamma * tf.math.rsqrt(self.moving_variance + self.epsilon)
+        moving = {"mean": self.moving_mean, "variance": self.moving_variance}
+        return normalize(inputs, self.gamma, shift, **moving, epsilon=self.epsilon, is_training=False)[0]
 
     def affine(self, moments, training=None):
         """Scale and shift, (channels,) each, that normalise an input: input × scale + shift.
@@ -82,26 +113,37 @@ def pointwise(x, matrix, bias=None):
     return x if bias is None else ops.add(x, ops.cast(bias, x.dtype))
 
 
-def _second_moments(x):
-    """Mean (channels,) of x (batch, height, width, channels), and mean (channels, channels) of its products."""
+def _moments(x, products):
+    """Mean (channels,) of x (batch, height, width, channels), and the mean of its squares, (channels,).
+
+    With `products`, that of the products of any two channels instead, (channels, channels).
+    """
+    if keras.backend.backend() == "tensorflow":
+        return _moments_tensorflow(x, products)
     rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
-    count = ops.cast(ops.shape(rows)[0], rows.dtype)
-    return ops.mean(rows, axis=0), ops.matmul(ops.transpose(rows), rows) / count
+    if not products:
+        second = ops.mean(ops.square(rows), axis=0)
+    else:
+        second = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
+    return ops.mean(rows, axis=0), second
 
 
-def _second_moments_tensorflow(x):
-    """The same with its gradient in one pass over x instead of six: both parts of it are one 1×1 convolution."""
+def _moments_tensorflow(x, products):
+    """The same in fewer passes over x: no transposed copy, and one or two for the gradient instead of six."""
     import tensorflow as tf
 
     @tf.custom_gradient
     def moments(x):
-        mean, products = _second_moments(x)
+        rows = _precise(tf.reshape(x, (-1, x.shape[-1])))
+        count = tf.cast(tf.shape(rows)[0], rows.dtype)
+        second = tf.matmul(rows, rows, transpose_a=True) / count if products else tf.reduce_mean(rows * rows, 0)
 
-        def backward(of_mean, of_products):
-            count = ops.cast(tf.size(x) // x.shape[-1], mean.dtype)
-            return pointwise(x, (of_products + ops.transpose(of_products)) / count, of_mean / count)
+        def backward(of_mean, of_second):
+            if products:
+                return pointwise(x, (of_second + tf.transpose(of_second)) / count, of_mean / count)
+            return ops.add(x * tf.cast(2.0 * of_second / count, x.dtype), tf.cast(of_mean / count, x.dtype))
 
-        return (mean, products), backward
+        return (tf.reduce_mean(rows, 0), second), backward
 
     return moments(x)
 
@@ -123,8 +165,7 @@ def fold(convolution, normalization, x, training=None):
     kernel, bias = _precise(matrix(convolution)), _bias(convolution)
 
     def moments():
-        of_x = _second_moments_tensorflow if keras.backend.backend() == "tensorflow" else _second_moments
-        mean, products = of_x(x)
+        mean, products = _moments(x, products=True)
         mean = ops.matmul(mean, kernel)
         variance = ops.sum(kernel * ops.matmul(products, kernel), axis=0) - ops.square(mean)
         return mean + bias, ops.maximum(variance, 0.0)
@@ -153,8 +194,8 @@ def sparse(convolution, normalization, x, training=None):
 
     def moments():
         share = 1 / (convolution.strides[0] * convolution.strides[1])
-        mean = share * ops.mean(_precise(signal), axis=(0, 1, 2))
-        return mean + bias, share * ops.mean(ops.square(_precise(signal)), axis=(0, 1, 2)) - ops.square(mean)
+        mean, square = (share * moment for moment in _moments(signal, products=False))
+        return mean + bias, square - ops.square(mean)
 
     scale, shift = normalization.affine(moments, training)
     return signal * ops.cast(scale, x.dtype), bias * scale + shift

@@ -300,7 +300,8 @@ def test_gradients_of_a_normalized_convolution_in_bfloat16():
         images = tf.constant(x, dtype)
         with tf.GradientTape() as tape:
             tape.watch(images)
-            output = blocks._normalized(convolution, normalization, images, training=True)
+            output, shifts = blocks._normalized(convolution, normalization, images, training=True)
+            output += tf.cast(sum(shifts), dtype)
         sources = [images, convolution.kernel.value]
         gradients = tape.gradient(output, sources, tf.constant(weights, dtype))
         results.append([tf.cast(value, "float64").numpy() for value in (output, *gradients)])
@@ -324,6 +325,36 @@ def test_batch_normalization_is_kerass_own():
             np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
     for ours_weight, theirs_weight in zip(ours.weights, theirs.weights, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (ours_weight, theirs_weight)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="gradients as TensorFlow has them")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bias_before_a_normalization(dtype):
+    """Outputs, moving mean and gradients are those of a bias that is added, but for its own in training, which is 0."""
+    import tensorflow as tf
+
+    x, weights = RNG.standard_normal((2, 4, 3, 3, 5))
+    bias = tf.constant(np.linspace(-2, 3, 5), dtype)
+    layers_ = [kind(momentum=0.8, dtype=dtype) for kind in (BatchNormalization, keras.layers.BatchNormalization)]
+    for layer in layers_:
+        layer.build((None, 3, 3, 5))
+        layer.gamma.assign(np.linspace(0.5, 2, 5))
+    for training in (True, False):
+        results = []
+        for layer in layers_:
+            with tf.GradientTape() as tape:
+                inputs = tf.constant(x, dtype)
+                tape.watch([inputs, bias])
+                ours = layer is layers_[0]
+                output = layer.biased(inputs, bias, training) if ours else layer(inputs + bias, training=training)
+            sources = [bias, inputs, layer.gamma.value, layer.beta.value]
+            gradients = tape.gradient(output, sources, tf.constant(weights, dtype))
+            results.append([value.numpy() for value in (*gradients, output, layer.moving_mean.value)])
+        if training:
+            np.testing.assert_array_equal(results[0].pop(0), 0)
+            assert np.abs(results[1].pop(0)).max() < 1e-5
+        for ours, theirs in zip(*results, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_start_as_their_shortcuts():
