@@ -13,6 +13,7 @@ import numpy as np
 from resnet_vae.config import DATASETS, UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
+GREYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes without colour
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # and no others, of which Pillow runs a program for some
 ARCHIVES = {  # what Keras looks for below its datasets folder, and where that is to be had
@@ -402,10 +403,10 @@ def _read_image(file, shape, exact=False):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
-                channels = shape[2] if shape else 1 if image.mode in ("1", "L", "I;16") else 3
+                channels = shape[2] if shape else 1 if image.mode in GREYS else 3
                 if channels not in MODES:
                     raise DataError(f"IMAGE_SHAPE has {channels} channels; image files have 1, 3 or 4")
-                image = image.convert(MODES[channels])
+                image = _eight_bits(file, image).convert(MODES[channels])
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
@@ -418,3 +419,18 @@ def _read_image(file, shape, exact=False):
             )
         image = ImageOps.fit(image, (shape[1], shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _eight_bits(file, image):
+    """A Pillow image of 8 bits a channel: of more than these the upper 8, which Pillow's `convert` does not take."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # BitsPerSample: 12 is possible
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype("uint8"))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{file} has pixels of Pillow's mode {image.mode}, whose range is not known; expected 8 or 16 bits a "
+            "channel: convert it, or give all images as floats in [0, 1] in an .npz"
+        )
+    return image

@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -147,6 +148,37 @@ def test_folder_of_just_images_of_any_size(tmp_path):
     with pytest.raises(DataError, match=r"16x16.*others are 30x50; set IMAGE_SHAPE|64x20"):
         load(tmp_path)
     assert load(tmp_path, image_shape=(16, 16, 3)).image_shape == (16, 16, 3)
+
+
+def unsplit(data):
+    """All images of a set, in one order."""
+    return sorted(image.tobytes() for image in np.concatenate([data.train, data.validation, data.test]))
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", "u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "u2")])
+def test_images_of_16_bits_keep_their_levels(tmp_path, suffix, dtype):
+    images = pictures(20, 8, 8)
+    write_folder(tmp_path, images.astype(dtype) * 256 + 7, suffix)
+    data = load(tmp_path)
+    assert data.image_shape == (8, 8, 1)
+    assert unsplit(data) == sorted(image.tobytes() for image in images)
+
+
+def test_images_of_12_bits_keep_their_levels(tmp_path):
+    write_folder(
+        tmp_path, np.tile(np.frombuffer(b"\xab\xca\xbc" * 32 + bytes(32), "u2").reshape(8, 8), (20, 1, 1)), "tif"
+    )
+    for file in tmp_path.rglob("*.tif"):
+        bits = (struct.pack("<HHIH", 258, 3, 1, count) for count in (16, 12))
+        file.write_bytes(file.read_bytes().replace(*bits))
+    assert (load(tmp_path).train == 0xAB).all()
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("int32", "I"), ("float32", "F")])
+def test_images_of_other_numbers_are_refused(tmp_path, dtype, mode):
+    write_folder(tmp_path, pictures(12, 8, 8).astype(dtype), "tif")
+    with pytest.raises(DataError, match=rf"000\.tif.*mode {mode}.*8 or 16 bits"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
