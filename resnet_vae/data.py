@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -384,40 +385,56 @@ def _folder(path, shape):
     ]
     if not files[0]:
         raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
-    first = _read_image(files[0][0], shape)
+    if shape and shape[2] not in MODES:
+        raise DataError(f"IMAGE_SHAPE has {shape[2]} channels; image files have 1, 3 or 4")
+    exact = not shape
+    if exact:
+        colour = any(_has_colour(file) for group in files for file in group)
+        shape = _read_image(files[0][0], 3 if colour else 1).shape
     read = []
     for part, group in zip(parts, files, strict=False):
-        images = np.empty((len(group), *first.shape), "uint8")
+        images = np.empty((len(group), *shape), "uint8")
         for target, file in zip(images, group, strict=True):
-            target[:] = _read_image(file, shape or first.shape, exact=not shape)
+            target[:] = _read_image(file, shape[2], shape[:2], exact)
         classes = [file.relative_to(part).parts[0] for file in group if file.parent != part]
         read.append(_Part(images, np.array(classes) if len(classes) == len(group) else None))
     return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
 
 
-def _read_image(file, shape, exact=False):
-    """Read an image file as uint8 (height, width, channels), cut at the middle and resized to the shape."""
-    from PIL import Image, ImageOps
+@contextmanager
+def _opened(file):
+    """An image file, opened with Pillow; whatever is wrong with it is a DataError."""
+    from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
-                channels = shape[2] if shape else 1 if image.mode in GREYS else 3
-                if channels not in MODES:
-                    raise DataError(f"IMAGE_SHAPE has {channels} channels; image files have 1, 3 or 4")
-                image = _eight_bits(file, image).convert(MODES[channels])
+                yield image
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         raise DataError(f"{file} cannot be read as an image: {error}") from None
-    if shape and image.size != (shape[1], shape[0]):
+
+
+def _has_colour(file):
+    with _opened(file) as image:
+        return image.mode not in GREYS
+
+
+def _read_image(file, channels, size=None, exact=False):
+    """Read an image file as uint8 (height, width, channels), cut at the middle and resized to (height, width)."""
+    from PIL import Image, ImageOps
+
+    with _opened(file) as image:
+        image = _eight_bits(file, image).convert(MODES[channels])
+    if size and (image.height, image.width) != size:
         if exact:
             raise DataError(
-                f"{file} is {image.height}x{image.width}, others are {shape[0]}x{shape[1]}; set IMAGE_SHAPE (height x "
+                f"{file} is {image.height}x{image.width}, others are {size[0]}x{size[1]}; set IMAGE_SHAPE (height x "
                 "width x channels) to bring all images to one size"
             )
-        image = ImageOps.fit(image, (shape[1], shape[0]), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 

@@ -181,6 +181,22 @@ def test_images_of_other_numbers_are_refused(tmp_path, dtype, mode):
         load(tmp_path)
 
 
+def test_one_grey_image_does_not_take_the_colour_of_the_others(tmp_path):
+    """Whatever its name and its part of the set; grey images have three equal channels among colours."""
+    colours, greys = pictures(20, 8, 8, 3), pictures(2, 8, 8)
+    write_folder(tmp_path / "train", colours)
+    write_folder(tmp_path / "test", greys)
+    Image.fromarray(greys[0]).save(tmp_path / "train" / "a.png")
+    data = load(tmp_path, validation="test")
+    assert [image.tobytes() for image in data.test] == [np.stack([grey] * 3, -1).tobytes() for grey in greys]
+    assert {image.tobytes() for image in colours} < {image.tobytes() for image in data.train}
+    for file in tmp_path.rglob("*.png"):
+        Image.open(file).convert("LA").save(file)
+    assert load(tmp_path).image_shape == (8, 8, 1)
+    Image.fromarray(colours[0]).save(tmp_path / "test" / "z.png")
+    assert load(tmp_path).image_shape == (8, 8, 3)
+
+
 @pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
 def test_npz_of_arrays(tmp_path, names):
     arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
