@@ -26,6 +26,7 @@ ARCHIVES = {  # what Keras looks for below its datasets folder, and where that i
         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
     ),
 }
+UNUSED_PARTS = ("val", "valid", "validation", "testing")  # folders whose images are not for training
 HELD_OUT = 5000  # at most so many validation images
 
 
@@ -373,16 +374,8 @@ def _levels(path, images):
 
 def _folder(path, shape):
     """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
-    parts = [path / "train", path / "test"] if (path / "train").is_dir() else [path]
-    files = [
-        sorted(
-            file
-            for file in part.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
-        for part in parts
-        if part.is_dir()
-    ]
+    parts = _parts(path)
+    files = [_image_files(part.rglob("*")) for part in parts]
     if not files[0]:
         raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
     if shape and shape[2] not in MODES:
@@ -392,13 +385,37 @@ def _folder(path, shape):
         colour = any(_has_colour(file) for group in files for file in group)
         shape = _read_image(files[0][0], 3 if colour else 1).shape
     read = []
-    for part, group in zip(parts, files, strict=False):
+    for part, group in zip(parts, files, strict=True):
         images = np.empty((len(group), *shape), "uint8")
         for target, file in zip(images, group, strict=True):
             target[:] = _read_image(file, shape[2], shape[:2], exact)
         classes = [file.relative_to(part).parts[0] for file in group if file.parent != part]
         read.append(_Part(images, np.array(classes) if len(classes) == len(group) else None))
     return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
+
+
+def _image_files(paths):
+    return sorted(
+        file for file in paths if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _parts(path):
+    """The folders train and test, in any case, or the folder itself; refuse what would mix them or lose images."""
+    inside = sorted(path.glob("*"))
+    folders = [folder for folder in inside if folder.is_dir()]
+    train, test, unused = (
+        [folder for folder in folders if folder.name.lower() in names]
+        for names in (("train",), ("test",), UNUSED_PARTS)
+    )
+    loose = _image_files(inside) if train or test else []
+    if len(train) > 1 or len(test) > len(train) or unused or loose:
+        found = ", ".join(entry.name for entry in [*train, *test, *unused, *loose[:1]])
+        raise DataError(
+            f"{path} has {found}; expected train/<class>/* and test/<class>/* and no other images (training images "
+            "give those for validation), or just images in folders of other names: rename or move what differs"
+        )
+    return train + test or [path]
 
 
 @contextmanager

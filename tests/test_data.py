@@ -197,6 +197,35 @@ def test_one_grey_image_does_not_take_the_colour_of_the_others(tmp_path):
     assert load(tmp_path).image_shape == (8, 8, 3)
 
 
+def test_folders_train_and_test_in_any_case(tmp_path):
+    write_folder(tmp_path / "Train", pictures(20, 8, 8))
+    write_folder(tmp_path / "TEST", pictures(4, 8, 8))
+    data = load(tmp_path, validation="test")
+    assert (len(data.train), len(data.test)) == (20, 4)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Test",),
+        ("training", "testing"),
+        ("train", "val"),
+        ("train", "test", "Validation"),
+        ("", "valid"),
+        ("", "test"),
+        ("", "train"),
+    ],
+)
+def test_a_layout_that_would_mix_or_lose_images_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir(exist_ok=True)
+        Image.fromarray(pictures(1, 8, 8)[0]).save(tmp_path / name / "a.png")
+    with pytest.raises(DataError, match=r"expected train/<class>/\*") as error:
+        load(tmp_path)
+    assert all(name in str(error.value) for name in (str(tmp_path), names[-1]))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
 def test_npz_of_arrays(tmp_path, names):
     arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
