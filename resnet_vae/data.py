@@ -355,10 +355,15 @@ def _levels(path, images):
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.dtype.kind not in "uif":
+    if images.ndim != 4 or images.dtype.kind not in "uif" or 0 in images.shape[1:]:
         raise DataError(
             f"{path}: an array is {images.dtype} of shape {images.shape}; expected numbers (images, height, width) or "
-            "(images, height, width, channels)"
+            "(images, height, width, channels), each side at least 1"
+        )
+    if images.shape[1] <= 4 < images.shape[3]:
+        raise DataError(
+            f"{path}: an array of shape {images.shape} looks like (images, channels, height, width); expected the "
+            "channels last: save array.transpose(0, 2, 3, 1)"
         )
     if images.dtype == "uint8" or not images.size:
         return images.astype("uint8", copy=False)

@@ -259,6 +259,10 @@ def test_npz_of_floats_and_without_channels(tmp_path):
         ({"x_train": np.zeros((9, 8, 8), "uint8")}, "too few"),
         ({"x_train": pictures(20, 30, 33)}, "set IMAGE_SHAPE, for example 32x32x1"),
         ({"x_train": pictures(20, 8, 8), "x_test": pictures(5, 16, 8)}, "set IMAGE_SHAPE"),
+        ({"x_train": pictures(20, 3, 32, 32)}, r"looks like \(images, channels, height.*transpose\(0, 2, 3, 1\)"),
+        ({"x_train": pictures(20, 1, 8, 8)}, "looks like"),
+        ({"x_train": np.zeros((20, 0, 8), "uint8")}, r"uint8 of shape \(20, 0, 8, 1\).*at least 1"),
+        ({"x_train": np.zeros((20, 8, 8, 0))}, "at least 1"),
     ],
 )
 def test_npz_that_cannot_be_used(tmp_path, arrays, told):
