@@ -94,8 +94,10 @@ def load_data(config):
     else:
         train, test = _path(Path(name).expanduser(), shape)
     classes, no_labels = _number_labels(name, train, test)
-    for part in (train, test):
-        if part and shape:
+    if shape:
+        parts = [part for part in (train, test) if part]
+        _check_room(name, sum(len(part.images) for part in parts), shape)
+        for part in parts:
             part.images = _resize(part.images, shape)
     _check(name, train.images, "training")
     if test is None:
@@ -207,15 +209,14 @@ def _resize(images, shape):
     from PIL import Image
 
     height, width, channels = shape
-    if images.shape[-1] != channels:
-        if {images.shape[-1], channels} - set(MODES):
-            raise DataError(f"images of {images.shape[-1]} channels cannot be brought to the IMAGE_SHAPE's {channels}")
-        source, target = MODES[images.shape[-1]], MODES[channels]
-        squeezed = images[..., 0] if source == "L" else images
-        images = np.stack([np.asarray(Image.fromarray(image, source).convert(target)) for image in squeezed])
-        images = images.reshape(*images.shape[:3], channels)
+    given = images.shape[-1]
+    if given != channels and {given, channels} - set(MODES):
+        raise DataError(f"images of {given} channels cannot be brought to the IMAGE_SHAPE's {channels}")
     resized = np.empty((len(images), *shape), "uint8")
     for image, target in zip(images, resized, strict=True):
+        if given != channels:
+            picture = Image.fromarray(image[..., 0] if given == 1 else image, MODES[given])
+            image = np.asarray(picture.convert(MODES[channels])).reshape(*image.shape[:2], channels)
         for channel in range(channels):
             plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))
             target[..., channel] = plane.resize((width, height), Image.Resampling.BICUBIC)
@@ -317,8 +318,7 @@ def _npz(path):
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > _memory():
-            raise ValueError(f"its arrays need {size / 1e9:.0f} GB, which is more than this machine's memory")
+        _check_memory("its arrays", size, "save fewer or smaller ones")
         with np.load(path, allow_pickle=False) as arrays:
             found = {
                 role: arrays[name]
@@ -348,6 +348,17 @@ def _memory():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # no POSIX
         return math.inf
+
+
+def _check_memory(what, size, instead):
+    """Refuse what would not fit into memory, before it is read or made."""
+    if size > _memory():
+        raise DataError(f"{what} need {size / 1e9:.0f} GB, which is more than this machine's memory; {instead}")
+
+
+def _check_room(name, count, shape):
+    what = f"{name}: {count} images of {'x'.join(map(str, shape))}"
+    _check_memory(what, count * math.prod(shape), "set a smaller IMAGE_SHAPE")
 
 
 def _levels(path, images):
@@ -389,6 +400,7 @@ def _folder(path, shape):
     if exact:
         colour = any(_has_colour(file) for group in files for file in group)
         shape = _read_image(files[0][0], 3 if colour else 1).shape
+    _check_room(path, sum(map(len, files)), shape)
     read = []
     for part, group in zip(parts, files, strict=True):
         images = np.empty((len(group), *shape), "uint8")

@@ -323,6 +323,26 @@ def test_bombs(tmp_path):
             load(tmp_path / "bomb.npz")
 
 
+@pytest.mark.parametrize("kind", ["folder", "npz", "digits"])
+def test_an_image_shape_that_would_not_fit_into_memory(tmp_path, monkeypatch, kind):
+    write_folder(tmp_path / "folder", pictures(12, 8, 8))
+    np.savez(tmp_path / "npz.npz", x_train=pictures(12, 8, 8))
+    path = {"folder": tmp_path / "folder", "npz": tmp_path / "npz.npz"}.get(kind, kind)
+    monkeypatch.setattr("resnet_vae.data._memory", lambda: 10**5)
+    with pytest.raises(DataError, match=r"images of 160x160x1 need .* GB, which is more than .* smaller IMAGE_SHAPE"):
+        load(path, image_shape=(160, 160, 1))
+
+
+def test_a_folder_that_would_not_fit_into_memory(tmp_path, monkeypatch):
+    write_folder(tmp_path / "train", pictures(12, 8, 8))
+    write_folder(tmp_path / "test", pictures(4, 8, 8))
+    monkeypatch.setattr("resnet_vae.data._memory", lambda: 16 * 8 * 8)
+    load(tmp_path)
+    monkeypatch.setattr("resnet_vae.data._memory", lambda: 16 * 8 * 8 - 1)
+    with pytest.raises(DataError, match=r"16 images of 8x8x1 need .* smaller IMAGE_SHAPE"):
+        load(tmp_path)
+
+
 def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, monkeypatch):
     def fail():
         raise OSError("no network")
