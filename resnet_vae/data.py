@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -457,10 +457,13 @@ def _has_colour(file):
 
 
 def _read_image(file, channels, size=None, exact=False):
-    """Read an image file as uint8 (height, width, channels), cut at the middle and resized to (height, width)."""
+    """Read an image file upright as uint8 (height, width, channels), cut at the middle and resized to the size."""
     from PIL import Image, ImageOps
 
     with _opened(file) as image:
+        image.load()
+        with suppress(Exception):  # metadata that cannot be read says nothing
+            ImageOps.exif_transpose(image, in_place=True)
         image = _eight_bits(file, image).convert(MODES[channels])
     if size and (image.height, image.width) != size:
         if exact:

@@ -226,6 +226,28 @@ def test_a_layout_that_would_mix_or_lose_images_is_refused(tmp_path, names):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_photographs_stand_upright(tmp_path, suffix):
+    """As a camera turned by a quarter writes them: lying, with a note in the metadata."""
+    upright = np.zeros((16, 8, 3), "uint8")
+    upright[:8] = 255  # the upper half is bright
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: to be turned clockwise
+    for number in range(20):
+        Image.fromarray(np.rot90(upright)).save(tmp_path / f"{number}.{suffix}", exif=exif)
+    for data in (load(tmp_path), load(tmp_path, image_shape=(32, 16, 3))):
+        height = data.image_shape[0]
+        assert data.image_shape == (height, height // 2, 3)
+        assert data.train[:, : height // 4].min() > 200
+        assert data.train[:, -height // 4 :].max() < 50
+
+
+def test_photographs_whose_metadata_cannot_be_read(tmp_path):
+    for number in range(20):
+        Image.new("L", (8, 16)).save(tmp_path / f"{number}.jpg", exif=b"Exif\0\0junk")
+    assert load(tmp_path).image_shape == (16, 8, 1)
+
+
 @pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
 def test_npz_of_arrays(tmp_path, names):
     arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
