@@ -32,8 +32,8 @@ class ResidualBlock(layers.Layer):
     Args:
         filters: of the convolutions; the last is the number of channels that come out. Three make a bottleneck block
             (1×1, k×k, 1×1), two a basic one (k×k, k×k).
-        kernel_size: k.
-        strides: of the first convolution and of the shortcut, (rows, columns).
+        kernel_size: k, or (k, k).
+        strides: of the first convolution and of the shortcut, (rows, columns), or one number for both.
         transpose: enlarge by the strides instead of reducing: the first convolution is a transposed one.
         shortcut: "identity": x itself, whose shape must then be the output's. "projection": a 1×1 convolution with the
             strides (with order post, normalised). "pool": averages over the strides, then a 1×1 convolution without
@@ -53,8 +53,8 @@ class ResidualBlock(layers.Layer):
     times the strides with `transpose`.
 
     Raises:
-        ValueError: a word that is none of these, a number of filters that is not 2 or 3, or, when it is built, an
-            identity between different shapes.
+        ValueError: a word that is none of these, a number of filters that is not 2 or 3, a kernel that is not square,
+            Keras's image_data_format "channels_first", or, when it is built, an identity between different shapes.
     """
 
     def __init__(
@@ -74,12 +74,22 @@ class ResidualBlock(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if shortcut not in SHORTCUTS or order not in ORDERS or len(filters) not in (2, 3):
+        filters, sides, strides = (
+            (number,) if isinstance(number, int) else tuple(number) for number in (filters, kernel_size, strides)
+        )
+        if shortcut not in SHORTCUTS or order not in ORDERS or len(filters) not in (2, 3) or len(set(sides)) != 1:
             raise ValueError(
-                f"block {self.name!r}: {len(filters)} filters, shortcut {shortcut!r}, order {order!r}; expected 2 or "
-                f"3, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
+                f"block {self.name!r}: filters {filters}, kernel {kernel_size}, shortcut {shortcut!r}, order "
+                f"{order!r}; expected 2 or 3 numbers of filters, one side of the kernel, one of "
+                f"{', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
             )
-        self.filters, self.kernel_size, self.strides = tuple(filters), kernel_size, tuple(strides)
+        if keras.config.image_data_format() != "channels_last":
+            raise ValueError(
+                f"block {self.name!r}: Keras's image_data_format is {keras.config.image_data_format()!r}; the blocks "
+                "need 'channels_last': keras.config.set_image_data_format('channels_last')"
+            )
+        kernel_size, strides = sides[0], strides * (2 // len(strides))
+        self.filters, self.kernel_size, self.strides = filters, kernel_size, strides
         self.transpose, self.shortcut_kind, self.order, self.learned_step = transpose, shortcut, order, learned_step
         gain = float(shortcut == "none") if gain is None else gain
         self.gain, self.momentum, self.epsilon, self.use_bias = gain, momentum, epsilon, use_bias
@@ -436,6 +446,7 @@ class Repeated(layers.Layer):
             config = {**self.pattern().get_config(), "momentum": self.momentum, "name": f"{self.name}_{number + 1}"}
             block = ResidualBlock.from_config(config)
             block.build((None, None, None, block.filters[-1]))
+            block.trainable = self.trainable
             for weight, stack in zip(_weights(block), self.stacks, strict=True):
                 weight.assign(stack[number])
             blocks.append(block)
@@ -458,7 +469,8 @@ class Repeated(layers.Layer):
 
 
 def _weights(block):
-    return [*block.trainable_variables, *block.non_trainable_variables]
+    """A block's weights, trained ones first, in one order whether or not they are frozen."""
+    return sorted(block.weights, key=lambda weight: weight.name.startswith("moving_"))
 
 
 def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):

@@ -100,12 +100,12 @@ def _apply_stages(x, config, transpose):
     return plain_convolutions(x, **stem) if transpose else x
 
 
-def _intermediate(x, units, config):
+def _intermediate(x, units, config, seed):
     """Dense → BN → activation → dropout on the last axis; the layers on either side of the latent."""
     x = layers.Dense(units, name="intermediate")(x)
     x = BatchNormalization(momentum=config.norm_momentum, name="intermediate_bn")(x)
     x = layers.Activation(config.activation, name="intermediate_activation")(x)
-    return layers.Dropout(config.dropout, seed=config.seed, name="intermediate_dropout")(x)
+    return layers.Dropout(config.dropout, seed=seed, name="intermediate_dropout")(x)
 
 
 def build_encoder(config, image_shape):
@@ -122,7 +122,7 @@ def build_encoder(config, image_shape):
     identity = config.initialization == "identity"
     images = keras.Input(image_shape, name="image")
     x = _apply_stages(images, config, transpose=False)  # (batch, height / 8, width / 8, 2048 width)
-    x = _intermediate(x, config.intermediate_dim, config)
+    x = _intermediate(x, config.intermediate_dim, config, config.seed + 2)  # the sampler has the two seeds before
     x = layers.Flatten(name="flatten")(x)
     if identity:
         # The heads sum over tens of thousands of inputs, none negative: one step of Adam in which these agree can
@@ -163,7 +163,7 @@ def build_decoder(config, image_shape):
     rows, columns = height // SCALE, width // SCALE
     depth = math.ceil(config.intermediate_dim / (rows * columns))  # the published 1024 / 16 for 32×32 images
     latents = keras.Input((config.latent_dim,), name="latent")
-    x = _intermediate(latents, rows * columns * depth, config)
+    x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
     x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
     images = layers.Conv2DTranspose(

@@ -14,8 +14,8 @@ PACKAGE = "resnet_vae"  # the prefix under which Keras registers the project's c
 class BatchNormalization(layers.BatchNormalization):
     """Batch normalisation over all but the last axis, in the dtype of its input.
 
-    The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow it runs as one fused
-    operation, with float32 statistics, instead of ten small ones in float32.
+    The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow images are normalised by
+    one fused operation, with float32 statistics, instead of ten small ones, where the weights are float32.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -44,8 +44,9 @@ class BatchNormalization(layers.BatchNormalization):
         return self.call(ops.add(inputs, ops.cast(bias, inputs.dtype)), training=training)
 
     def _fuses(self, inputs):
-        fused = keras.backend.backend() == "tensorflow" and len(inputs.shape) == 4 and self.axis in (-1, 3)
-        return fused and keras.backend.standardize_dtype(inputs.dtype) != "float64"
+        simple = self.scale and self.center and not (self.renorm or self.synchronized)
+        images = len(inputs.shape) == 4 and self.axis in (-1, 3) and self.variable_dtype == "float32"
+        return keras.backend.backend() == "tensorflow" and simple and images
 
     def _fused(self, inputs, bias, training):
         import tensorflow as tf
@@ -113,37 +114,44 @@ def pointwise(x, matrix, bias=None):
     return x if bias is None else ops.add(x, ops.cast(bias, x.dtype))
 
 
-def _moments(x, products):
-    """Mean (channels,) of x (batch, height, width, channels), and the mean of its squares, (channels,).
+def _moments(x, covariance):
+    """Mean (channels,) of x (batch, height, width, channels), and its variance, (channels,).
 
-    With `products`, that of the products of any two channels instead, (channels, channels).
+    With `covariance`, the covariances of any two channels instead, (channels, channels). What is less the mean is
+    squared: differences of large squares would be rounding errors where the mean is far above the spread.
     """
     if keras.backend.backend() == "tensorflow":
-        return _moments_tensorflow(x, products)
+        return _moments_tensorflow(x, covariance)
     rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
-    if not products:
-        second = ops.mean(ops.square(rows), axis=0)
-    else:
-        second = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
-    return ops.mean(rows, axis=0), second
+    mean = ops.mean(rows, axis=0)
+    rows = rows - ops.stop_gradient(mean)  # the gradient by way of the mean is zero
+    if not covariance:
+        return mean, ops.mean(ops.square(rows), axis=0)
+    return mean, ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
 
 
-def _moments_tensorflow(x, products):
+def _moments_tensorflow(x, covariance):
     """The same in fewer passes over x: no transposed copy, and one or two for the gradient instead of six."""
     import tensorflow as tf
 
     @tf.custom_gradient
     def moments(x):
         rows = _precise(tf.reshape(x, (-1, x.shape[-1])))
-        count = tf.cast(tf.shape(rows)[0], rows.dtype)
-        second = tf.matmul(rows, rows, transpose_a=True) / count if products else tf.reduce_mean(rows * rows, 0)
+        count, mean = tf.cast(tf.shape(rows)[0], rows.dtype), tf.reduce_mean(rows, 0)
+        if covariance:
+            rows = tf.nn.bias_add(rows, -mean)
+            second = tf.matmul(rows, rows, transpose_a=True) / count
+        else:
+            second = tf.reduce_mean(tf.math.squared_difference(rows, mean), 0)
 
         def backward(of_mean, of_second):
-            if products:
-                return pointwise(x, (of_second + tf.transpose(of_second)) / count, of_mean / count)
-            return ops.add(x * tf.cast(2.0 * of_second / count, x.dtype), tf.cast(of_mean / count, x.dtype))
+            if covariance:
+                of_second = (of_second + tf.transpose(of_second)) / count
+                return pointwise(x, of_second, of_mean / count - tf.linalg.matvec(of_second, mean))
+            of_second = 2.0 * of_second / count
+            return ops.add(x * tf.cast(of_second, x.dtype), tf.cast(of_mean / count - of_second * mean, x.dtype))
 
-        return (tf.reduce_mean(rows, 0), second), backward
+        return (mean, second), backward
 
     return moments(x)
 
@@ -151,7 +159,7 @@ def _moments_tensorflow(x, products):
 def fold(convolution, normalization, x, training=None):
     """Matrix and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
 
-    The outputs' mean is the mean of x mapped by the kernel W; the mean square of output f is W[:, f]ᵀ E[x xᵀ] W[:, f].
+    The outputs' mean is the mean of x mapped by the kernel W; the variance of output f is W[:, f]ᵀ Cov(x) W[:, f].
 
     Args:
         convolution: Conv2D or Conv2DTranspose of kernel size 1.
@@ -165,10 +173,9 @@ def fold(convolution, normalization, x, training=None):
     kernel, bias = _precise(matrix(convolution)), _bias(convolution)
 
     def moments():
-        mean, products = _moments(x, products=True)
-        mean = ops.matmul(mean, kernel)
-        variance = ops.sum(kernel * ops.matmul(products, kernel), axis=0) - ops.square(mean)
-        return mean + bias, ops.maximum(variance, 0.0)
+        mean, covariance = _moments(x, covariance=True)
+        variance = ops.sum(kernel * ops.matmul(covariance, kernel), axis=0)
+        return ops.matmul(mean, kernel) + bias, ops.maximum(variance, 0.0)  # rounded, 0 may be less
 
     scale, shift = normalization.affine(moments, training)
     return kernel * scale, bias * scale + shift
@@ -194,8 +201,8 @@ def sparse(convolution, normalization, x, training=None):
 
     def moments():
         share = 1 / (convolution.strides[0] * convolution.strides[1])
-        mean, square = (share * moment for moment in _moments(signal, products=False))
-        return mean + bias, square - ops.square(mean)
+        mean, variance = _moments(signal, covariance=False)
+        return share * mean + bias, share * variance + share * (1 - share) * ops.square(mean)
 
     scale, shift = normalization.affine(moments, training)
     return signal * ops.cast(scale, x.dtype), bias * scale + shift

@@ -46,13 +46,16 @@ class AdamW(keras.optimizers.Adam):
         if self._of_the_step is None:
             self._of_the_step = self._scalars(learning_rate)
         rate, kept, adam = self._of_the_step
-        if self.decoupled_decay:
-            self.assign(variable, variable * kept)
-        if keras.backend.backend() != "tensorflow" or self.amsgrad:
+        if self.decoupled_decay and self._use_weight_decay(variable):
+            self.assign(variable, variable * ops.cast(kept, variable.dtype))
+        if keras.backend.backend() != "tensorflow":
             super().update_step(gradient, variable, rate)
             return
         import tensorflow as tf
 
+        if self.amsgrad or variable.dtype != "float32" or isinstance(gradient, tf.IndexedSlices):
+            super().update_step(gradient, variable, rate)
+            return
         # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
         index = self._get_variable_index(variable)
         moments = self._momentums[index].value, self._velocities[index].value
@@ -60,15 +63,19 @@ class AdamW(keras.optimizers.Adam):
         tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, lr=rate, grad=gradient, **adam)
 
     def _clip_gradients(self, grads):
-        if keras.backend.backend() != "tensorflow" or not self.global_clipnorm or None in grads:
+        if keras.backend.backend() != "tensorflow" or not self.global_clipnorm:
             return super()._clip_gradients(grads)
         import tensorflow as tf
 
+        if not all(isinstance(grad, tf.Tensor) for grad in grads):
+            return super()._clip_gradients(grads)
         # The same, but the gradients are passed over once where they are short enough, and not three times.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(grad) for grad in grads]))
 
         def shortened():
-            share = self.global_clipnorm / norm
+            share = self.global_clipnorm / norm + (
+                norm - norm
+            )  # an infinite norm is told by NaN, not by standing still
             return [grad * share for grad in grads]
 
         return tf.cond(norm <= self.global_clipnorm, lambda: grads, shortened)

@@ -17,7 +17,7 @@ def take_over(target, source):
     another number of classes, keeps the weights it has.
 
     Args:
-        target: a classifier or an encoder.
+        target: a classifier, an encoder or a decoder.
         source: of the same architecture but for channels of the images and number of classes.
 
     Returns:
@@ -26,6 +26,9 @@ def take_over(target, source):
     Raises:
         ValueError: the networks differ in more than that.
     """
+    for model in (target, source):
+        if hasattr(model, "encoder"):
+            raise ValueError(f"{model.name} is a whole VAE; give its encoder, or its decoder")
     if len(target.weights) != len(source.weights):
         raise ValueError(
             f"{target.name} has {len(target.weights)} weights and {source.name} {len(source.weights)}; they must be "
@@ -69,19 +72,20 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     Args:
         model: a classifier, a VAE or its encoder; its layers become the new model's, and are not copied.
         classes: number of classes.
-        frozen: train the new layer only.
+        frozen: train the new layer only; otherwise all layers, also those that were frozen before.
         batch_statistics: let batch normalisation use and update the batch's moments in training, as in a network
-            trained from scratch. By default it keeps the moving averages that it has learned, also while its scale and
-            shift are trained: those of a few images would spoil it.
+            trained from scratch, and dropout drop. By default both do as in evaluation, also while scale and shift are
+            trained: the moving averages of a few images would spoil them.
 
     Returns:
         A functional Model, not compiled. It reads what a classifier's last layer reads, or the mean of the latents.
-        Freezing holds for `model`, too, until its `trainable` is set again.
+        Freezing holds for `model`, too, until it is adapted without.
     """
     model = getattr(model, "encoder", model)
     outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
     features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
-    features.trainable = not frozen
+    for layer in features.layers:  # TensorFlow does not pass on what the whole model is set to already
+        layer.trainable = not frozen
     images = keras.Input(features.input_shape[1:], name="image")
     x = features(images)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="classes")(x)

@@ -75,7 +75,7 @@ class VAE(keras.Model):
     penalties of the heads, which training minimises too and `loss` leaves out.
 
     Args:
-        encoder: Model, images → [mean, log-variance].
+        encoder: Model, images → [mean, log-variance]; by itself it takes floats in [0, 1] only.
         decoder: Model, latents → images; the generator by itself.
         objective: "elbo" or "published", see `Sampling`.
         beta: weight of the KL; the loss is a bound only at 1.
@@ -100,13 +100,13 @@ class VAE(keras.Model):
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
         self.kl_metric = keras.metrics.Mean(name="kl")
         self.penalty_metric = keras.metrics.Mean(name="penalty")
-        self.build()
+        self.build(getattr(encoder, "input_shape", None))
 
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built
 
     def call(self, images, training=False):
-        mean, log_var = self.encoder(scale(images), training=training)
+        mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=training))
         self.add_loss(ops.mean(kl_divergence(mean, log_var)))  # compute_loss reads it: the first of self.losses
         return self.decoder(self.sampler(mean, log_var, training=training), training=training)
 
@@ -217,7 +217,8 @@ def build_vae(config, image_shape=None):
         image_shape: (height, width, channels); by default config.image_shape, or that of the named data set.
 
     Returns:
-        A built, not yet compiled `VAE`.
+        A built, not yet compiled `VAE`. Its weights are drawn by Keras's global generator, which
+        `keras.utils.set_random_seed` sets.
 
     Raises:
         ValueError: a height or width that is not a multiple of 8, or an image shape that only the data can tell.
@@ -225,8 +226,10 @@ def build_vae(config, image_shape=None):
     image_shape = image_shape or config.image_shape or DATASETS.get(config.dataset)
     if image_shape is None:
         raise ValueError(f"the image shape of {config.dataset} is not known here; pass image_shape or set IMAGE_SHAPE")
-    if image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
-        raise ValueError(f"image shape {image_shape}: height and width must be multiples of 8, channels at least 1")
+    if len(image_shape) != 3 or image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
+        raise ValueError(
+            f"image shape {tuple(image_shape)}: expected height, width and channels, the first two multiples of 8"
+        )
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision(config))
     try:

@@ -176,6 +176,20 @@ def test_fast_block_is_the_plain_one(kind, shape, training, folded, monkeypatch)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow with oneDNN")
+@pytest.mark.parametrize(("kind", "tolerance"), [("conv", 0.02), ("transposed", 0.02)])
+def test_fast_block_of_images_far_from_zero(kind, tolerance):
+    """In float32 a mean a hundred times the spread costs the fast way no more than the plain one."""
+    x = 300 + RNG.standard_normal((8, 6, 8, 6))
+    block = make_block(kind, "float32")
+    exact = reference(block, x, True)
+    fast, plain = (
+        keras.ops.convert_to_numpy(way(keras.ops.convert_to_tensor(x, "float32"), training=True))
+        for way in (block.fast, block.plain)
+    )
+    assert np.abs(fast - exact).max() < tolerance
+    assert np.abs(fast - exact).max() < 3 * np.abs(plain - exact).max() + 1e-4
+
+
 @pytest.mark.parametrize("kind", ["conv", "transposed", "basic", "basic, transposed", "pre", "pool"])
 def test_gradients_in_float32_are_those_in_float64(kind):
     """Few channels and a strided 1×1, of which oneDNN's weight gradients are wrong, or end the process."""
@@ -225,7 +239,7 @@ def test_repeated_blocks_are_single_ones_in_a_row(options):
     x = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
     y = RNG.standard_normal((5, 4, 6, 6)).astype("float32")
     for model in (looped, chained):
-        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.compile(keras.optimizers.SGD(0.02), "mse")
         for _ in range(3):
             model.train_on_batch(x, y)
     single = chained.predict(x, verbose=0)
@@ -235,6 +249,19 @@ def test_repeated_blocks_are_single_ones_in_a_row(options):
         loop.join(row)
         for stack, before in zip(loop.stacks, trained, strict=True):
             np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), before, rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_blocks_are_split_and_joined_like_others():
+    loop = Repeated(2, (3, 4, 6))
+    loop.build((None, 4, 6, 6))
+    before = loop.get_weights()
+    blocks_ = loop.split()
+    blocks_[0].trainable = False
+    loop.join(blocks_)
+    loop.trainable = False
+    assert [block.trainable for block in loop.split()] == [False, False]
+    for weight, value in zip(loop.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's traces")
@@ -311,20 +338,24 @@ def test_gradients_of_a_normalized_convolution_in_bfloat16():
         assert np.abs(rounded.mean((0, 1, 2))).max() < 1e-3 * np.sqrt(np.square(exact).mean())
 
 
-def test_batch_normalization_is_kerass_own():
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"renorm": True}, {"dtype": "bfloat16"}])
+def test_batch_normalization_is_kerass_own(options):
     """Outputs, gradients through training steps and moving statistics, against the layer it takes the place of."""
-    ours, theirs = BatchNormalization(momentum=0.8), keras.layers.BatchNormalization(momentum=0.8)
+    kinds = BatchNormalization, keras.layers.BatchNormalization
+    ours, theirs = (kind(**{"momentum": 0.8, **options}) for kind in kinds)
     for layer in (ours, theirs):
         layer.build((None, 3, 3, 5))
-        layer.gamma.assign(np.linspace(0.5, 2, 5))
-        layer.beta.assign(np.linspace(-1, 1, 5))
+        for weight in (layer.gamma, layer.beta):
+            if weight is not None:
+                weight.assign(np.linspace(0.5, 2, 5))
     for _ in range(3):
         x = (RNG.standard_normal((2, 3, 3, 5)) * 3 + 1).astype("float32")
         for training in (True, False):
-            outputs = [keras.ops.convert_to_numpy(layer(x, training=training)) for layer in (ours, theirs)]
-            np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+            outputs = [keras.ops.cast(layer(x, training=training), "float32") for layer in (ours, theirs)]
+            np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, outputs), rtol=1e-4, atol=1e-4)
     for ours_weight, theirs_weight in zip(ours.weights, theirs.weights, strict=True):
-        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (ours_weight, theirs_weight)), rtol=1e-5, atol=1e-6)
+        weights = [keras.ops.cast(weight, "float32") for weight in (ours_weight, theirs_weight)]
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, weights), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="gradients as TensorFlow has them")
@@ -371,7 +402,18 @@ def test_shapes_and_the_wrong_channels():
     assert conv_block(image, 3, (2, 2, 10), transpose=True).shape == (None, 16, 24, 10)
     assert conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True).shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
-    with pytest.raises(ValueError, match="expected 2 or 3, one of identity, projection, pool, pad, none"):
-        identity_block(image, 3, (2, 2, 6), shortcut="some")
+    assert conv_block(image, (3, 3), [2, 2, 10], strides=4).shape == (None, 2, 3, 10)
+    for options in ({"shortcut": "some"}, {"filters": 6}, {"kernel_size": (3, 5)}):
+        with pytest.raises(ValueError, match=r"expected 2 or 3 numbers of filters, one side .* projection, pool, pad"):
+            identity_block(image, **{"filters": (2, 2, 6), **options})
     with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
         identity_block(image, 3, (2, 2, 7))
+
+
+def test_the_other_order_of_axes_is_refused():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(ValueError, match=r"need 'channels_last': keras.config.set_image_data_format"):
+            ResidualBlock((2, 2, 6))
+    finally:
+        keras.config.set_image_data_format("channels_last")

@@ -11,7 +11,7 @@ from conftest import once
 from resnet_vae import build_classifier
 from resnet_vae.data import Data
 from resnet_vae.experiments import euler, gradients, landscape
-from resnet_vae.experiments.chain import Chain, random_chain
+from resnet_vae.experiments.chain import ACTIVATIONS, Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
 from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, train_each
 from resnet_vae.experiments.settings import NETWORKS, Euler, Trained
@@ -72,6 +72,12 @@ def test_the_scalar_example_with_two_hidden_layers(residual):
     one = 1.0 if residual else 0.0
     expected = slope * (one + a[2] * w[2]) * (one + a[1] * w[1]) * a[0] * y0
     assert chain.weight_gradient([u], [slope], 0)[0, 0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sigmoid_far_from_zero():
+    function, derivative = ACTIVATIONS["sigmoid"]
+    z = np.array([-800.0, 0.0, 800.0])
+    np.testing.assert_array_equal([function(z), derivative(z)], [[0, 0.5, 1], [0, 0.25, 0]])
 
 
 def test_gradients_vanish_and_explode_and_a_skip_connection_stops_only_the_first():

@@ -79,6 +79,30 @@ def test_adamw_with_decay_is_the_formula():
     assert AdamW.from_config(optimizer.get_config()).decay == decay
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_adamw_is_kerass_own(dtype):
+    """But for the time decay: weights without decay, other dtypes, rows of an embedding, a norm that overflows."""
+    options = {"learning_rate": 0.1, "weight_decay": 0.5, "global_clipnorm": 1.0}
+    values = []
+    for kind in (AdamW, keras.optimizers.AdamW):
+        optimizer, ones = kind(**options), keras.ops.ones((2, 3), dtype)
+        variables = [keras.Variable(ones, name=name) for name in ("kernel", "bias")]
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        for _ in range(3):
+            optimizer.apply([3 * ones, -ones], variables)
+        steps = [keras.ops.convert_to_numpy(keras.ops.cast(variable, "float64")) for variable in variables]
+        optimizer.apply([1e30 * ones, ones], variables)
+        lost = keras.ops.convert_to_numpy(keras.ops.isnan(variables[1]))
+        values.append([*steps, lost])
+
+        embedding = keras.Sequential([keras.Input((2,), dtype="int32"), keras.layers.Embedding(4, 3, "ones")])
+        embedding.compile(kind(**options), "mse")
+        embedding.train_on_batch(np.array([[0, 1]]), np.zeros((1, 2, 3)))
+        values[-1].append(embedding.get_weights()[0])
+    for ours, theirs in zip(*values, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
 @pytest.mark.parametrize(("schedule", "rates"), [("cosine", (0, 1, 0.5, 0)), ("constant", (1, 1, 1, 1))])
 def test_schedules(tiny_vae, schedule, rates):
     config = Config(**{**TINY, "warmup_steps": 10, "epochs": 21, "learning_rate": 0.3, "schedule": schedule})

@@ -53,6 +53,8 @@ def test_other_classes_leave_the_last_layer_and_nothing_else():
 def test_other_networks_are_refused_before_anything_is_copied():
     target = classifier()
     before = target.get_weights()
+    with pytest.raises(ValueError, match="is a whole VAE; give its encoder, or its decoder"):
+        take_over(target, build_vae(Config(**TINY), (8, 8, 1)))
     for source in (classifier(width=0.25), build_classifier("resnet18", (32, 32, 1), 3, width=0.0625)):
         with pytest.raises(ValueError, match="must be the same network"):
             take_over(target, source)
@@ -86,3 +88,13 @@ def test_what_an_adapted_network_trains(network, options, trained, counted):
     assert last <= changed
     assert (changed & moving == moving) if counted else not (changed & moving)
     assert bool(changed - moving - last) == trained
+
+
+def test_what_was_frozen_is_thawed():
+    source = build_vae(Config(**TINY), (8, 8, 1))
+    everything = len(source.encoder.trainable_weights)
+    source.encoder.layers[1].trainable = False
+    counts = [len(adapt(source, 4, frozen=frozen).trainable_weights) for frozen in (True, False)]
+    assert counts[0] == 2
+    assert counts[1] > 20
+    assert len(source.encoder.trainable_weights) == everything

@@ -138,6 +138,29 @@ def test_training_noise_differs_and_evaluation_does_not_disturb_it(tiny_vae, ima
     np.testing.assert_array_equal(to_numpy(tiny_vae.sampler.training_noise.state), state)
 
 
+def test_dropouts_and_sampler_are_independent():
+    vae = build_vae(Config(**{**TINY, "dropout": 0.5, "intermediate_dim": 512}), (8, 8, 1))
+    masks = [
+        to_numpy(model.get_layer("intermediate_dropout")(ops.ones((1, 4096)), training=True)).ravel() > 0
+        for model in (vae.encoder, vae.decoder)
+    ]
+    noise = to_numpy(vae.sampler(ops.zeros((1, 4096)), ops.zeros((1, 4096)), training=True)).ravel()
+    for one, other in ((masks[0], masks[1]), (masks[0], abs(noise)), (masks[1], noise)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(4096)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="exports as TensorFlow has them")
+def test_an_exported_vae_encodes_and_decodes(tiny_vae, images, tmp_path):
+    import tensorflow as tf
+
+    tiny_vae(images[:1])  # Keras exports only what was called
+    tiny_vae.export(str(tmp_path / "vae"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "vae"))
+    output = served.serve(tf.constant(images / 255, "float32")).numpy()
+    assert output.shape == images.shape
+    assert 0 <= output.min() < output.max() <= 1
+
+
 def test_sample_weight_is_refused(tiny_vae, images):
     with pytest.raises(ValueError, match="sample_weight is not supported"):
         tiny_vae.compute_loss(images, None, images, sample_weight=np.ones(len(images)))
