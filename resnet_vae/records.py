@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
-from resnet_vae.config import Config, UserError
+from resnet_vae.config import Config, ConfigError, UserError
 
 FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
 
@@ -80,7 +80,7 @@ def read_run(folder):
         UserError: a file is missing, cannot be read or lacks something.
     """
     folder = Path(folder)
-    config = Config.from_record(read_json(folder / "config.json"))
+    config = _read_config(folder)
     contents = {}
     for name, schema in (("metrics", _Metrics), ("provenance", _Provenance)):
         path = folder / f"{name}.json"
@@ -93,15 +93,27 @@ def read_run(folder):
     return Run(folder, config, _read_history(folder / "history.csv"), **contents)
 
 
+def _read_config(folder):
+    path = folder / "config.json"
+    try:
+        return Config.from_record(read_json(path))
+    except ConfigError as error:
+        raise RecordError(f"{path} cannot be read: {'; '.join(str(error).splitlines())}") from None
+
+
 def _read_history(path):
-    needed = {"epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)}
+    needed = ["epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)]
     try:
         with open(path, newline="", encoding="utf-8") as file:
             history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
-    if not history or not needed <= history[0].keys() or not all(math.isfinite(row["val_loss"]) for row in history):
-        raise RecordError(f"{path} cannot be read: expected numbers, a row an epoch, in columns {', '.join(needed)}")
+    if not history or not history[0].keys() >= set(needed):
+        raise RecordError(f"{path} cannot be read: expected columns {', '.join(needed)}, and a row an epoch")
+    for number, row in enumerate(history, 1):
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise RecordError(f"{path} cannot be read: {name} is {value} in row {number}; expected a finite number")
     return history
 
 
@@ -127,7 +139,7 @@ def is_finished(config):
     folder = config.folder
     if not (folder / "metrics.json").exists():
         return False
-    recorded = Config.from_record(read_json(folder / "config.json")).recipe()
+    recorded = _read_config(folder).recipe()
     asked = config.recipe()
     if asked["image_shape"] is None:
         asked["image_shape"] = recorded["image_shape"]

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -168,15 +169,29 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("metrics.json", "{"), ("config.json", '{"values": {"width": -1}, "origins": {}}'), ("history.csv", "epoch\nx\n")],
+    ("name", "old", "new", "told"),
+    [
+        ("metrics.json", "{", "", "metrics.json cannot be read"),
+        ("config.json", '"width": [^,]*', '"width": -1', "config.json cannot be read: width is -1"),
+        ("config.json", "width", "wdth", "config.json cannot be read: wdth is no setting; did you mean width?"),
+        ("history.csv", "epoch", "epic", "history.csv cannot be read: expected columns epoch, loss"),
+        ("history.csv", "\n1,", "\nx,", "history.csv cannot be read: could not convert"),
+        ("history.csv", "\n1,[^,]*", "\n1,nan", "history.csv cannot be read: loss is nan in row 1; expected a finite"),
+        ("history.csv", "0\n2,", "inf\n2,", "history.csv cannot be read: rollbacks is inf in row 1"),
+    ],
 )
-def test_a_broken_record_is_told(finished_run, tmp_path, name, content):
+def test_a_broken_record_is_told(finished_run, tmp_path, name, old, new, told):
+    """With its file, when the run is read and when it is asked whether it is finished."""
     for path in finished_run.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=r"cannot be read|width is -1"):
+    text, changes = re.subn(old, new, (tmp_path / name).read_text(), count=1)
+    assert changes
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(told)):
         read_run(tmp_path)
+    if name == "config.json":
+        with pytest.raises(UserError, match=re.escape(told)):
+            is_finished(Config(**TINY, outdir=str(tmp_path)))
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=name):
         read_run(tmp_path)
