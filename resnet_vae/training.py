@@ -29,7 +29,7 @@ from resnet_vae.records import (
     write_json,
     write_text,
 )
-from resnet_vae.vae import build_vae, devices, precision
+from resnet_vae.vae import build_vae, count_parameters, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
@@ -467,7 +467,7 @@ def _train(config, data, folder):
     epochs = len(training.rows)
     metrics = {
         "loss_is": config.loss_meaning,
-        "parameters": vae.encoder.count_params() + vae.decoder.count_params(),
+        "parameters": count_parameters(vae),
         "epochs": epochs,
         "best_epoch": best["epoch"],
         "hours": training.seconds / 3600,

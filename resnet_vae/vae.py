@@ -238,3 +238,8 @@ def build_vae(config, image_shape=None):
     finally:
         keras.config.set_dtype_policy(policy)
     return vae
+
+
+def count_parameters(vae):
+    """The number of parameters of a VAE's encoder and decoder."""
+    return vae.encoder.count_params() + vae.decoder.count_params()

@@ -121,12 +121,36 @@ def _run(run):
         for name in FIGURES:
             if not math.isclose(metrics[part][name], best[prefix + name], rel_tol=1e-5, abs_tol=1e-9):
                 yield "metrics.json", f"has another {part} {name} than history.csv"
+    hours = run.provenance["seconds"] / 3600
+    if not math.isclose(metrics["hours"], hours):
+        yield "metrics.json", f"has {metrics['hours']:.3g} hours; in provenance.json it is {hours:.3g}"
+    parameters = _parameters(run.config)
+    if metrics["parameters"] != parameters:
+        yield "metrics.json", f"has {metrics['parameters']:,} parameters; the network has {parameters:,}"
+    floors = {part: metrics[f"{part}_floor"] for part in ("validation", "test")}
+    for part, floor in floors.items():
+        most = metrics[part]["reconstruction"]
+        if not 0 < floor <= most * (1 + 1e-5) and any(floors.values()):  # of black and white alone they are 0
+            yield (
+                "metrics.json",
+                f"has a {part}_floor of {floor:.1f}; expected more than 0 and at most the reconstruction's {most:.1f}",
+            )
     if metrics["loss_is"] != run.config.loss_meaning:
         yield "metrics.json", f"calls the loss {metrics['loss_is']!r}; it is {run.config.loss_meaning!r}"
     evaluations = {path.name: read_json(path) for path in sorted(run.folder.glob("evaluation-*.json"))}
     for name, figures in [("metrics.json", metrics["test"]), *evaluations.items()]:
         if not math.isclose(figures["loss"], figures["reconstruction"] + beta * figures["kl"], rel_tol=1e-5):
             yield name, "has a loss that is not reconstruction + beta × KL"
+
+
+def _parameters(config):
+    """The number of parameters of a configuration's network."""
+    import keras
+
+    from resnet_vae.vae import build_vae, count_parameters
+
+    with keras.StatelessScope(initialize_variables=False):  # makes no weights, which is what takes time
+        return count_parameters(build_vae(config))
 
 
 def _picture(path, figure):

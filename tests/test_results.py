@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,47 +132,53 @@ def test_what_is_recorded_still_follows_from_itself(recorded):
     assert verify(recorded) == []
 
 
-def change(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
+def change(name, old, new):
+    """What changes a file of a sweep."""
+
+    def spoil(sweep):
+        text, changes = re.subn(old, new, (sweep / name).read_text(), count=1)
+        assert changes
+        (sweep / name).write_text(text)
+
+    return spoil
 
 
-def test_verify_tells_what_does_not_match(tmp_path):
-    """One thing after the other is changed in a copy of a recorded sweep."""
-    original = RESULTS / "calm"
+def another_hash(sweep):
+    path = sweep / "depth-28" / "provenance.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {"history.csv": "0" * 64}}))
 
-    def found(spoil):
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-        copy = shutil.copytree(original, tmp_path / "copy")
-        spoil(copy, copy / "depth-28")
-        done = subprocess.run(
-            [sys.executable, "-m", "resnet_vae", "verify", str(copy)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        return done.stderr
 
-    def another_file(sweep, run):
-        provenance = json.loads((run / "provenance.json").read_text())
-        provenance["files"] = {"history.csv": "0" * 64}
-        (run / "provenance.json").write_text(json.dumps(provenance))
+def another_picture(sweep):
+    shutil.copy(sweep / "depth-28" / "samples.png", sweep / "depth-28" / "curves.png")
 
-    best = json.loads((original / "depth-28" / "metrics.json").read_text())
-    loss = str(best["validation"]["loss"])
-    assert "another validation loss" in found(lambda _, run: change(run / "metrics.json", loss, "1700.0"))
-    assert "not the file that was written" in found(another_file)
-    assert "table.md is not the table" in found(lambda sweep, _: change(sweep / "table.md", "| elbo", "| elbe"))
-    assert "table.tex is missing" in found(lambda sweep, _: (sweep / "table.tex").unlink())
-    assert "curves.png is not the figure" in found(
-        lambda sweep, run: shutil.copy(run / "samples.png", run / "curves.png")
-    )
-    assert "epoch" in found(lambda _, run: change(run / "history.csv", "\n1,", "\n2,"))
-    assert "metrics.json has epoch 9 for the best; in history.csv it is 6" in found(
-        lambda _, run: change(run / "metrics.json", '"best_epoch": 6', '"best_epoch": 9')
-    )
-    renamed = found(lambda _, run: change(run / "metrics.json", '"best_epoch"', '"worst_epoch"'))
-    assert "best_epoch: Field required" in renamed
+
+METRICS = "depth-28/metrics.json"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (change(METRICS, '(validation": {\\s+"loss"): [^,]*', r"\1: 1700.0"), "another validation loss"),
+        (another_hash, "not the file that was written"),
+        (change("table.md", "elbo", "elbe"), "table.md is not the table"),
+        (lambda sweep: (sweep / "table.tex").unlink(), "table.tex is missing"),
+        (another_picture, "curves.png is not the figure"),
+        (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not a row an epoch for 6 epochs"),
+        (change(METRICS, '"best_epoch": 6', '"best_epoch": 9'), "has epoch 9 for the best; in history.csv it is 6"),
+        (change(METRICS, '"best_epoch"', '"worst_epoch"'), "best_epoch: Field required"),
+        (change(METRICS, '"hours": [^,]*', '"hours": 99'), "has 99 hours; in provenance.json it is 0.0465"),
+        (change(METRICS, '"parameters": [^,]*', '"parameters": 7'), "has 7 parameters; the network has 9,205,307"),
+        (change(METRICS, '_floor": 1691[^,]*', '_floor": 0.0'), "a validation_floor of 0.0; expected more than 0"),
+        (change(METRICS, '_floor": 1682[^\n]*', '_floor": 1900.1'), "a test_floor of 1900.1; expected more than 0"),
+        (change(METRICS, '_floor": 1691', '_floor": -1691'), "a validation_floor of -1691.2; expected more than 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_verify_tells_what_does_not_match(tmp_path, spoil, told):
+    """One thing is changed in a copy of a recorded sweep."""
+    copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
+    spoil(copy)
+    assert told in "\n".join(verify(copy))
 
 
 def test_the_readmes_table_is_a_recorded_one():
