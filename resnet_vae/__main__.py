@@ -117,12 +117,16 @@ def _table(arguments):
 def _verify(arguments):
     from resnet_vae.verify import verify
 
-    wrong = [line for folder in arguments.folders for line in verify(folder)]
-    for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
-    if not wrong:
-        print(f"as recorded: {', '.join(map(str, arguments.folders))}")
-    return 1 if wrong else 0
+    right = []
+    for folder in arguments.folders:
+        wrong = verify(folder)
+        for line in wrong:
+            print(f"error: {line}", file=sys.stderr)
+        if not wrong:
+            right.append(str(folder))
+    if right:
+        print(f"as recorded: {', '.join(right)}")
+    return 0 if len(right) == len(arguments.folders) else 1
 
 
 def _compare(arguments):

@@ -28,15 +28,13 @@ def verify(folder):
             experiment's pictures from its tables.
 
     Returns:
-        A list of what does not match, a sentence each; empty if all is as recorded.
-
-    Raises:
-        RecordError: the folder holds neither.
+        A list of what does not match or cannot be read, a sentence each; empty if all is as recorded.
     """
     folder = Path(folder)
-    if (folder / "record.json").exists():
-        return _record(folder)
-    return _sweep(folder)
+    try:
+        return _record(folder) if (folder / "record.json").exists() else _sweep(folder)
+    except (UserError, OSError) as error:
+        return [str(error)]
 
 
 def _record(folder):
@@ -159,7 +157,11 @@ def _picture(path, figure):
     content = io.BytesIO()
     plots.save(figure, content)
     content.seek(0)
-    new, old = imread(content), imread(path)
+    new = imread(content)
+    try:
+        old = imread(path)
+    except Exception as error:  # Pillow raises almost anything on a broken file
+        return f"cannot be read as a picture: {error}"
     if new.shape == old.shape and np.allclose(new, old, atol=0.02):
         return None
     return "is not the figure of these records"

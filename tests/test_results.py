@@ -152,6 +152,15 @@ def another_picture(sweep):
     shutil.copy(sweep / "depth-28" / "samples.png", sweep / "depth-28" / "curves.png")
 
 
+def damaged_picture(name, length):
+    """What leaves so many bytes of a picture, or puts others there."""
+
+    def spoil(sweep):
+        (sweep / name).write_bytes((sweep / name).read_bytes()[:length] if length else b"x\n")
+
+    return spoil
+
+
 METRICS = "depth-28/metrics.json"
 
 
@@ -163,6 +172,8 @@ METRICS = "depth-28/metrics.json"
         (change("table.md", "elbo", "elbe"), "table.md is not the table"),
         (lambda sweep: (sweep / "table.tex").unlink(), "table.tex is missing"),
         (another_picture, "curves.png is not the figure"),
+        (damaged_picture("losses_by_depth.png", 0), "losses_by_depth.png cannot be read as a picture: not a PNG file"),
+        (damaged_picture("depth-28/curves.png", 2000), "curves.png cannot be read as a picture: "),
         (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not a row an epoch for 6 epochs"),
         (change(METRICS, '"best_epoch": 6', '"best_epoch": 9'), "has epoch 9 for the best; in history.csv it is 6"),
         (change(METRICS, '"best_epoch"', '"worst_epoch"'), "best_epoch: Field required"),
@@ -179,6 +190,21 @@ def test_verify_tells_what_does_not_match(tmp_path, spoil, told):
     copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
     spoil(copy)
     assert told in "\n".join(verify(copy))
+
+
+def test_verify_tells_of_each_folder(tmp_path):
+    """One without a record, one that cannot be read, one that is as recorded: none keeps the next from being told."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "record.json").write_text("{")
+    folders = [str(tmp_path / "empty"), str(tmp_path / "broken"), str(RESULTS / "soak")]
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", "verify", *folders], capture_output=True, text=True, check=False
+    )
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"error: {folders[0]} holds no record; expected")
+    assert second.startswith(f"error: {folders[1]}/record.json cannot be read")
+    assert (done.returncode, done.stdout) == (1, f"as recorded: {folders[2]}\n")
 
 
 def test_the_readmes_table_is_a_recorded_one():
