@@ -82,26 +82,24 @@ def _finished(arguments):
 
 
 def _draw_run(folder, data):
-    from resnet_vae.data import load_data
     from resnet_vae.plots import draw_run
-    from resnet_vae.results import load_run
+    from resnet_vae.results import load_data_of, load_run
 
     run, vae = load_run(folder)
-    for path in draw_run(run, vae, (data or load_data(run.config)).test):
+    for path in draw_run(run, vae, (data or load_data_of(run)).test):
         print(path)
 
 
 def _draw(arguments):
     from resnet_vae import plots
-    from resnet_vae.data import load_data
-    from resnet_vae.results import load_run
+    from resnet_vae.results import load_data_of, load_run
 
     run, vae = load_run(arguments.run)
     if arguments.command == "sample":
         figure = plots.samples(run, vae)
     else:
         draw = plots.reconstructions if arguments.command == "reconstruct" else plots.interpolations
-        figure = draw(run, vae, load_data(run.config).test)
+        figure = draw(run, vae, load_data_of(run).test)
     print(plots.save(figure, arguments.output or run.folder / f"{arguments.command}.png"))
 
 

@@ -66,6 +66,7 @@ class _Metrics(_Record):
 
 class _Source(_Record):
     name: str
+    fingerprint: str = ""
 
 
 class _Provenance(_Record):
@@ -81,16 +82,17 @@ def read_run(folder):
     """
     folder = Path(folder)
     config = _read_config(folder)
-    contents = {}
-    for name, schema in (("metrics", _Metrics), ("provenance", _Provenance)):
-        path = folder / f"{name}.json"
-        try:
-            contents[name] = schema.model_validate(read_json(path)).model_dump()
-        except ValidationError as error:
-            finding = error.errors()[0]
-            place = ".".join(map(str, finding["loc"])) or "the whole"
-            raise RecordError(f"{path} cannot be read: {place}: {finding['msg']}") from None
-    return Run(folder, config, _read_history(folder / "history.csv"), **contents)
+    metrics, provenance = _read(folder / "metrics.json", _Metrics), _read(folder / "provenance.json", _Provenance)
+    return Run(folder, config, _read_history(folder / "history.csv"), metrics, provenance)
+
+
+def _read(path, schema):
+    try:
+        return schema.model_validate(read_json(path)).model_dump()
+    except ValidationError as error:
+        finding = error.errors()[0]
+        place = ".".join(map(str, finding["loc"])) or "the whole"
+        raise RecordError(f"{path} cannot be read: {place}: {finding['msg']}") from None
 
 
 def _read_config(folder):
@@ -130,11 +132,11 @@ def read_sweep(folder):
     return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, run.folder.name))
 
 
-def is_finished(config):
-    """Whether the run's folder holds a finished run of this configuration.
+def is_finished(config, data=None):
+    """Whether the run's folder holds a finished run of this configuration, and of these data where they are given.
 
     Raises:
-        RecordError: the folder holds a finished run of another configuration.
+        RecordError: the folder holds a finished run of another configuration or of other data.
     """
     folder = config.folder
     if not (folder / "metrics.json").exists():
@@ -151,7 +153,23 @@ def is_finished(config):
             f"{folder} holds a finished run of another configuration ({'; '.join(differing)}); choose another OUTDIR "
             "or move that folder away"
         )
+    if data is not None:
+        check_data(folder, data)
     return True
+
+
+def check_data(folder, data):
+    """Refuse data that are not those of a finished run.
+
+    Raises:
+        RecordError: their fingerprint is another.
+    """
+    recorded = _read(folder / "provenance.json", _Provenance)["data"]["fingerprint"]
+    if recorded != data.fingerprint:
+        raise RecordError(
+            f"{folder} holds a finished run of other data (fingerprint {recorded[:12] or 'unknown'} there, "
+            f"{data.fingerprint[:12]} here); bring the {data.name} of that run back, or choose another OUTDIR"
+        )
 
 
 def write_json(path, values):

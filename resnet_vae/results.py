@@ -5,7 +5,7 @@ from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor, load_data
-from resnet_vae.records import csv_text, read_run, read_sweep, write_json, write_text
+from resnet_vae.records import check_data, csv_text, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
 # validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
@@ -58,6 +58,17 @@ def load_run(folder):
         raise UserError(f"{path} cannot be read as the weights of this run: {error}") from None
     vae.compile()
     return run, vae
+
+
+def load_data_of(run):
+    """Load the data that a finished run was trained on.
+
+    Raises:
+        UserError: the data cannot be had, or have changed since.
+    """
+    data = load_data(run.config)
+    check_data(run.folder, data)
+    return data
 
 
 def evaluate_run(folder, dataset):

@@ -398,9 +398,9 @@ def identity(config, data):
 def train(config, data=None):
     """Train the VAE that a configuration describes and record the run.
 
-    A folder that holds a finished run of the same configuration is left as it is; an unfinished one is gone on with.
-    The weights kept are those of the epoch with the lowest validation loss; the test images are looked at once, with
-    these.
+    A folder that holds a finished run of the same configuration, and of the same data where they are given, is left as
+    it is; an unfinished one is gone on with. The weights kept are those of the epoch with the lowest validation loss;
+    the test images are looked at once, with these.
 
     Args:
         config: a `Config`.
@@ -410,11 +410,11 @@ def train(config, data=None):
         The run's folder, a Path, with config.json, history.csv, metrics.json, provenance.json and model.keras.
 
     Raises:
-        UserError: data that cannot be had; a folder that another configuration or process uses, or that cannot be
-            written; a checkpoint that is damaged; a loss that is no longer a number; a signal to stop.
+        UserError: data that cannot be had; a folder of another configuration, other data or another process, or that
+            cannot be written; a checkpoint that is damaged; a loss that is no longer a number; a signal to stop.
     """
     folder = config.folder
-    if is_finished(config):
+    if is_finished(config, data):
         print(f"{folder} holds a finished run of this configuration")
         return folder
     data = data or load_data(config)
@@ -422,7 +422,7 @@ def train(config, data=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", timeout=0):
-            if not is_finished(config):  # by another process meanwhile
+            if not is_finished(config, data):  # by another process meanwhile
                 _train(config, data, folder)
             (folder / "lock").unlink(missing_ok=True)
     except filelock.Timeout:

@@ -168,6 +168,40 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
     assert not is_finished(config.replace(outdir=str(finished_run.parent / "new")))
 
 
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "copy")
+
+
+def run_command(*words):
+    """The exit code of the command line."""
+    from resnet_vae.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["resnet_vae", *map(str, words)])
+        return main()
+
+
+@pytest.mark.parametrize("command", ["train", "reconstruct", "interpolate", None])
+def test_a_finished_run_of_other_data_is_refused(copied_run, command, capsys):
+    """As if the data had been other ones when it was trained; nothing is drawn. Without a command: from Python."""
+    path = copied_run / "provenance.json"
+    config = read_run(copied_run).config.replace(outdir=str(copied_run))
+    data = load_data(config)
+    path.write_text(path.read_text().replace(data.fingerprint, "0123456789abcdef"))
+    before = sorted(copied_run.iterdir())
+    prints = f"fingerprint 0123456789ab there, {data.fingerprint[:12]} here"
+    told = f"{copied_run} holds a finished run of other data ({prints}); bring the digits of that run back, or choose"
+    if command is None:
+        with pytest.raises(UserError, match=re.escape(told)):
+            train(config, data)
+    else:
+        settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, "outdir": copied_run}.items()]
+        assert run_command(command, *(settings if command == "train" else [copied_run])) == 2
+        assert told in capsys.readouterr().err
+    assert sorted(copied_run.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "told"),
     [
@@ -336,15 +370,10 @@ def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
     assert "Traceback" not in done.stderr
 
 
-def test_commands_draw_pictures(finished_run, tmp_path):
-    from resnet_vae.__main__ import main
-
-    for command in ("sample", "reconstruct", "interpolate"):
-        path = tmp_path / f"{command}.png"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["resnet_vae", command, str(finished_run), "-o", str(path)])
-            assert main() == 0
-        assert path.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate"])
+def test_commands_draw_pictures(finished_run, tmp_path, command):
+    assert run_command(command, finished_run, "-o", tmp_path / "picture.png") == 0
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_history_is_one_row_an_epoch(finished_run):
