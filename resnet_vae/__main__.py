@@ -33,7 +33,7 @@ def _parser():
     told = f"whose settings: {', '.join(EXPERIMENTS)}, or by default a VAE's"
     config.add_argument("notebook", nargs="?", default="resnet_vae", metavar="NOTEBOOK", help=told)
     command("train", "train a VAE and draw its pictures", fields=True)
-    command("finished", "exit 0 if the run's folder holds a finished run of these settings, else 3", fields=True)
+    command("finished", "exit 0 if the run of these settings is finished and its pictures drawn, else 3", fields=True)
     command("sample", "draw images generated from the prior", run=True)
     command("reconstruct", "draw test images and their reconstructions", run=True)
     command("interpolate", "draw lines in latent space between test images", run=True)
@@ -76,9 +76,10 @@ def _train(arguments):
 
 
 def _finished(arguments):
-    from resnet_vae.records import is_finished
+    from resnet_vae.records import is_finished, lacks_pictures
 
-    return 0 if is_finished(_configuration(arguments)) else 3
+    config = _configuration(arguments)
+    return 0 if is_finished(config) and not lacks_pictures(config.folder) else 3
 
 
 def _draw_run(folder, data):

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from resnet_vae.records import PICTURES, whole
 from resnet_vae.results import POST, swept, told
 
 SAMPLES_SEED = 0
@@ -37,7 +38,7 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
         sheet[top : top + height, left : left + across] = image
     if channels not in (1, 3, 4):
         sheet = sheet.mean(axis=-1, keepdims=True)
-    width = columns * side + (1.3 if row_labels else 0.2)
+    width = max(columns * side + (1.3 if row_labels else 0.2), 3.5)  # with room for the words
     title = textwrap.wrap(title or "", max(20, int(12 * width)))  # about 12 characters an inch
     figure = Figure(figsize=(width, rows * side + 0.3 + 0.2 * len(title)))
     axes = figure.add_subplot()
@@ -76,8 +77,11 @@ def reconstructions(run, vae, images, count=10):
 
 
 def interpolations(run, vae, images, count=6, steps=10):
-    """Draw straight lines in the latent space between the posterior means of pairs of uint8 images."""
-    pairs = spread(images, 2 * min(count, len(images) // 2))
+    """Draw straight lines in the latent space between the posterior means of pairs of uint8 images.
+
+    A single image is paired with itself.
+    """
+    pairs = spread(images, 2 * min(count, len(images) // 2)) if len(images) > 1 else np.concatenate([images, images])
     mean, _ = vae.encoder.predict(pairs / np.float32(255), verbose=0)
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
@@ -186,21 +190,27 @@ def describe(run):
     return f"depth {run.config.resnet_depth}, " + ("elbo" if meaning == "negative ELBO" else meaning)
 
 
+def render(figure, file):
+    """Write a figure as a PNG without a date, so that equal figures are equal files."""
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+
+
 def save(figure, path):
-    """Save a figure as a PNG without a date, so that equal figures are equal files; returns the path (or file)."""
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    """Save a figure as by `render`, whole or not at all; returns the path."""
+    with whole(path) as partial:
+        render(figure, partial)
     return path
 
 
 def draw_run(run, vae, images):
     """Draw a run's pictures into its folder; returns their paths."""
-    figures = {
-        "curves": curves(run),
-        "reconstructions": reconstructions(run, vae, images),
-        "samples": samples(run, vae),
-        "interpolations": interpolations(run, vae, images),
-    }
-    return [save(figure, run.folder / f"{name}.png") for name, figure in figures.items()]
+    figures = (
+        curves(run),
+        reconstructions(run, vae, images),
+        samples(run, vae),
+        interpolations(run, vae, images),
+    )
+    return [save(figure, run.folder / f"{name}.png") for name, figure in zip(PICTURES, figures, strict=True)]
 
 
 def of_sweep(runs):

@@ -1,7 +1,7 @@
 """What a run leaves on disk, written whole or not at all, and read back.
 
 A run's folder holds config.json, history.csv (one row an epoch), provenance.json, model.keras and, written last,
-metrics.json: a run with metrics.json is finished.
+metrics.json: a run with metrics.json is finished. Its pictures are drawn afterwards.
 """
 
 import csv
@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, Validation
 from resnet_vae.config import Config, ConfigError, UserError
 
 FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
+PICTURES = ("curves", "reconstructions", "samples", "interpolations")  # of a run, each a .png
 
 
 class RecordError(UserError):
@@ -172,6 +174,11 @@ def check_data(folder, data):
         )
 
 
+def lacks_pictures(folder):
+    """Whether a finished run's pictures are not all there, while its model is, from which they can be drawn."""
+    return (folder / "model.keras").exists() and not all((folder / f"{name}.png").exists() for name in PICTURES)
+
+
 def write_json(path, values):
     """Write values as JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
@@ -205,8 +212,15 @@ def csv_text(rows, columns):
 
 def write_text(path, text):
     """Write a text file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def whole(path):
+    """The path to write a file at that is to be there whole or not at all; in the end it is moved to its own."""
     partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(text)
+    yield partial
     os.replace(partial, path)
 
 

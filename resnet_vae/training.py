@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import re
 import signal
 import threading
@@ -26,6 +25,7 @@ from resnet_vae.records import (
     environment,
     is_finished,
     sha256_of,
+    whole,
     write_json,
     write_text,
 )
@@ -512,6 +512,5 @@ def evaluate(vae, images, batch_size, callbacks=None):
 
 def save_model(vae, path):
     """Save a model as .keras, whole or not at all."""
-    partial = path.with_name(f"partial-{path.name}")
-    vae.save(partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        vae.save(partial)

@@ -155,7 +155,7 @@ def _picture(path, figure):
     if not path.exists():
         return "is missing"
     content = io.BytesIO()
-    plots.save(figure, content)
+    plots.render(figure, content)
     content.seek(0)
     new = imread(content)
     try:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from conftest import TINY
 from keras import ops
+from matplotlib.image import imread
 
 from resnet_vae import Config, build_vae, load_data, load_run, train
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW, compile_vae
-from resnet_vae.records import FIGURES, is_finished, read_run
+from resnet_vae.plots import draw_run
+from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
 from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, feed, without_progress
 
@@ -182,6 +184,10 @@ def run_command(*words):
         return main()
 
 
+def flags(**settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
 @pytest.mark.parametrize("command", ["train", "reconstruct", "interpolate", None])
 def test_a_finished_run_of_other_data_is_refused(copied_run, command, capsys):
     """As if the data had been other ones when it was trained; nothing is drawn. Without a command: from Python."""
@@ -196,8 +202,8 @@ def test_a_finished_run_of_other_data_is_refused(copied_run, command, capsys):
         with pytest.raises(UserError, match=re.escape(told)):
             train(config, data)
     else:
-        settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, "outdir": copied_run}.items()]
-        assert run_command(command, *(settings if command == "train" else [copied_run])) == 2
+        words = flags(**TINY, outdir=copied_run) if command == "train" else [copied_run]
+        assert run_command(command, *words) == 2
         assert told in capsys.readouterr().err
     assert sorted(copied_run.iterdir()) == before
 
@@ -374,6 +380,28 @@ def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
 def test_commands_draw_pictures(finished_run, tmp_path, command):
     assert run_command(command, finished_run, "-o", tmp_path / "picture.png") == 0
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_that_are_missing_are_drawn_by_the_same_command(copied_run):
+    """A run without all of its pictures is not finished for the command line, unless no model is there to draw them."""
+    settings = flags(**TINY, outdir=copied_run)
+    before = {path: path.read_bytes() for path in copied_run.iterdir()}
+    assert run_command("finished", *settings) == 3
+    assert run_command("train", *settings) == 0
+    assert run_command("finished", *settings) == 0
+    pictures = {copied_run / f"{name}.png" for name in PICTURES}
+    assert set(copied_run.iterdir()) == pictures | set(before)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    pictures.pop().unlink()
+    assert run_command("finished", *settings) == 3
+    (copied_run / "model.keras").unlink()
+    assert run_command("finished", *settings) == 0
+
+
+def test_pictures_of_a_single_test_image(copied_run, images):
+    drawn = draw_run(*load_run(copied_run), images[:1])
+    assert {path.stem for path in drawn} == set(PICTURES)
+    assert all(imread(path).std() > 0 for path in drawn)
 
 
 def test_history_is_one_row_an_epoch(finished_run):
