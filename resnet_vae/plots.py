@@ -99,7 +99,7 @@ def curves(run):
         axes.plot(epochs, validation, ".-", label="validation")
         keep_in_sight(axes, training, validation, "validation")
         axes.set(xlabel="epoch", ylabel="nats per image", title="KL" if name == "kl" else name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_epochs(axes)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False)
     figure.suptitle(describe(run), fontsize=10)
@@ -111,29 +111,35 @@ def losses_by_epoch(runs):
     """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
+    marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
     for number, run in enumerate(runs):
         epochs = [row["epoch"] for row in run.history]
         color = f"C{number % 10}"
         label = ", ".join([describe(run), *_swept(run, runs)])
         axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=label)
-        axes.plot(epochs, [row["loss"] for row in run.history], "--", color=color)
+        axes.plot(epochs, [row["loss"] for row in run.history], f"{marker}--", color=color)
     training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
     keep_in_sight(axes, training, validation, "validation")
     axes.set(xlabel="epoch", ylabel="loss, nats per image")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(figure, ".", "")
+    whole_epochs(axes)
+    _finish(figure, ".", marker)
     return figure
+
+
+def whole_epochs(axes):
+    """Put the ticks of the x axis at whole epochs, also where there is but one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def keep_in_sight(axes, training, others, name):
     """End the y axis where training begins if other figures, far above, would hide it; says how far those go.
 
     They are there in the first epochs of a short training, while the moving averages of normalisation are not those of
-    the weights.
+    the weights. If none of the others were left in sight, the axis stays as it is.
     """
     lowest, highest = min(*training, *others), max(training)
     margin = 0.1 * (highest - lowest)
-    if max(others) > highest + 10 * margin:
+    if margin and min(others) <= highest and max(others) > highest + 10 * margin:
         axes.set_ylim(lowest - 2 * margin, highest + margin)  # with room for the words
         told = f"{name} up to {max(others):,.0f},\nabove the figure"
         axes.text(0.02, 0.02, told, fontsize=8, transform=axes.transAxes)

@@ -12,8 +12,8 @@ import pytest
 
 from resnet_vae import Config
 from resnet_vae.config import UserError
-from resnet_vae.plots import of_sweep
-from resnet_vae.records import FIGURES, read_sweep
+from resnet_vae.plots import curves, losses_by_epoch, of_sweep
+from resnet_vae.records import FIGURES, Run, read_sweep
 from resnet_vae.results import table_rows, write_table
 from resnet_vae.verify import verify
 
@@ -103,6 +103,36 @@ def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_
     posts = list(zip(*lines["the post's own figures"].get_data(), strict=True))
     assert ours == [(28, 1828.0), (100, 1900.0)]
     assert posts == [(28, 1794.7), (40, 1795.7), (70, 1799.0), (100, 1804.0)]
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "told"),
+    [
+        ([40.0], [45.0], None),
+        ([45.0], [40.0], None),
+        ([40.0], [40.0], None),
+        ([40.0, 39.9], [45.0, 44.9], None),  # above, but nothing would be left to be seen
+        ([50.0, 40.0], [55.0, 45.0], None),
+        ([50.0, 40.0], [300.0, 45.0], "validation up to 300,\nabove the figure"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_figures_of_few_epochs(tmp_path, training, validation, told):
+    """All points are to be seen, at whole epochs, but for those that are said to be above the figure."""
+    rows = [
+        {"epoch": float(epoch), **dict.fromkeys(FIGURES, first), **{f"val_{name}": second for name in FIGURES}}
+        for epoch, (first, second) in enumerate(zip(training, validation, strict=True), 1)
+    ]
+    run = Run(tmp_path, Config(), rows, {}, {})
+    for axes in [*curves(run).axes, *losses_by_epoch([run]).axes]:
+        low, high = axes.get_ylim()
+        assert [text.get_text() for text in axes.texts] == ([told] if told else [])
+        assert low < min(training + validation)
+        assert high > (max(training) if told else max(training + validation))
+        left, right = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if left < tick < right] == [row["epoch"] for row in rows]
+        drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
+        assert all(line.get_marker() in (".", "s") for line in drawn)
 
 
 def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):

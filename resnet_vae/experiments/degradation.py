@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.experiments.networks import (
     LOSSES,
@@ -23,7 +22,7 @@ from resnet_vae.experiments.networks import (
     train_each,
 )
 from resnet_vae.experiments.record import write_experiment
-from resnet_vae.plots import keep_in_sight
+from resnet_vae.plots import keep_in_sight, whole_epochs
 
 
 def measure(settings):
@@ -122,7 +121,7 @@ def draw(rows):
                         axes.fill_between(epochs, seeds.min(1), seeds.max(1), color=f"C{number}", alpha=0.15, lw=0)
             axes.plot([], [], "k--", label="training")
             axes.set(title=f"{network}, {kind}", xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            whole_epochs(axes)
             axes.legend(frameon=False, fontsize=8)
         of_network = [row for row in rows if row["network"] == network]
         training, test = ([row[name] for row in of_network] for name in (column, f"test_{column}"))
