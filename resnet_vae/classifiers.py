@@ -10,18 +10,11 @@ import keras
 from keras import layers
 
 from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
-from resnet_vae.config import UserError
+from resnet_vae.config import IMAGENET, UserError
 from resnet_vae.networks import identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
 from resnet_vae.vae import worth_compiling
 
-IMAGENET = {  # layers → blocks a stage, of two convolutions (basic) or three (bottleneck)
-    18: ("basic", (2, 2, 2, 2)),
-    34: ("basic", (3, 4, 6, 3)),
-    50: ("bottleneck", (3, 4, 6, 3)),
-    101: ("bottleneck", (3, 4, 23, 3)),
-    152: ("bottleneck", (3, 8, 36, 3)),
-}
 BOTTLENECK_ON_CIFAR = (164, 1001)  # these are 9n + 2 in the papers; 164 is 6n + 2 as well
 NAMES = "resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110, 1202 (6n + 2); resnet164, resnet1001 (9n + 2)"
 KERAS_EPSILON = 1.001e-5  # of keras.applications' normalisations

@@ -69,6 +69,13 @@ class ConfigError(UserError, ValueError):
 
 
 LAYERS = {"bottleneck": 3, "basic": 2}  # weight layers of a block
+IMAGENET = {  # the classifiers' depths that are the papers' networks for ImageNet: block, blocks of each stage
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+}
 
 
 def blocks_per_stage(depth, block="bottleneck"):

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from resnet_vae import Config
-from resnet_vae.config import PUBLISHED, ConfigError, blocks_per_stage
+from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
+from resnet_vae.experiments.settings import Degradation, Landscape
 
 
 def test_depths_of_the_table_have_the_posts_blocks():
@@ -128,6 +129,14 @@ def test_depth_and_shape_are_told_with_the_others():
         "resnet_depth",
         "width",
     ]
+
+
+@pytest.mark.parametrize("depth", IMAGENET)
+def test_experiments_refuse_the_depths_of_networks_for_imagenet(depth):
+    for settings, name, given in ((Degradation, "DEPTHS", f"8 {depth}"), (Landscape, "DEPTH", f"{depth}")):
+        with pytest.raises(ConfigError, match=rf"{name.lower()} is '{given}': {depth} layers are .* for ImageNet"):
+            settings.from_env({name: given})
+    assert Degradation.from_env({"DEPTHS": "8 20 29 56 110 164 1001"}).depths[-1] == 1001
 
 
 def test_environment_that_has_nothing_to_do_with_us_is_left_alone():

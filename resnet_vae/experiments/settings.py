@@ -5,15 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from resnet_vae.config import Settings, Shape, blocks_per_stage, parse_words
+from resnet_vae.config import IMAGENET, Settings, Shape, blocks_per_stage, parse_words
 
 NETWORKS = ("classifier", "VAE")
 KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}  # and their options
 
 
 def _check_classifier_depth(depth):
+    expected = "expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29"
+    if depth in IMAGENET:
+        raise ValueError(f"{depth} layers are a network for ImageNet, of other blocks; {expected}")
     if depth < 8 or (depth % 6 != 2 and depth % 9 != 2):
-        raise ValueError("expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29")
+        raise ValueError(expected)
     return depth
 
 
