@@ -7,7 +7,7 @@ told before TensorFlow or Keras is touched.
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -50,6 +50,12 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "clip_norm": 0.0,
     "patience": 50,
     "precision": "float32",
+}
+ALIASES = {  # what is no setting, and which one is meant
+    "DEPTH": "RESNET_DEPTH",
+    "LATENT": "LATENT_DIM",
+    "BATCH": "BATCH_SIZE",
+    "LR": "LEARNING_RATE",
 }
 BEFORE = {
     "kl_warmup_steps": 0,
@@ -138,6 +144,18 @@ Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterVali
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
+def _meant(name, known):
+    """Which of the known names a variable of the environment must be meant for, or None: most are other programs'."""
+    name = name.upper()
+    if ALIASES.get(name) in known:
+        return ALIASES[name]
+    if len(name) < 4:  # SED is no SEED
+        return None
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.83)
+    same_letters = (each for each in known if set(each) == set(name) and abs(len(each) - len(name)) <= 1)
+    return alike[0] if alike else next(same_letters, None)
+
+
 class Settings(BaseModel):
     """Settings that environment variables, flags or Python give: frozen, and each knows where it came from.
 
@@ -147,6 +165,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    also: ClassVar = ()  # names that a script reads, and that may be mistyped as well
     _origins: dict = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values):
@@ -172,11 +191,11 @@ class Settings(BaseModel):
         environ = os.environ if environ is None else environ
         names = {name.upper(): name for name in cls.model_fields}
         values = {field: environ[name] for name, field in names.items() if environ.get(name, "").strip()}
-        problems = []
-        for name in sorted(set(environ) - set(names)):
-            meant = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.85)
-            if meant and environ[name].strip():
-                problems.append(f"{name} is no setting; did you mean {meant[0]}?")
+        problems, known = [], (*names, *cls.also)
+        for name in sorted(set(environ) - set(known)):
+            meant = _meant(name, known) if environ[name].strip() else None
+            if meant:
+                problems.append(f"{name} is no setting; did you mean {meant}?")
         if "cmdline" in values:  # the post's meaning: set at all
             values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
         try:
@@ -218,6 +237,8 @@ class Config(Settings):
     Raises:
         ConfigError: listing every bad value.
     """
+
+    also: ClassVar = ("DEPTHS", "SWEEP", "RUNNER", "EVALUATE")  # of scripts/run_all.sh
 
     preset: Literal["default", "published"] = Field("default", description="published: every value as the post had it")
     dataset: str = Field(

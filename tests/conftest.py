@@ -29,8 +29,8 @@ def once(reason):
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """No setting of the caller's environment reaches a test."""
-    for name in Config.model_fields:
-        monkeypatch.delenv(name.upper(), raising=False)
+    for name in (*map(str.upper, Config.model_fields), *Config.also):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

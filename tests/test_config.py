@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from resnet_vae import Config
 from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
-from resnet_vae.experiments.settings import Degradation, Landscape
+from resnet_vae.experiments.settings import Degradation, Euler, Landscape, Transfer
 
 
 def test_depths_of_the_table_have_the_posts_blocks():
@@ -139,10 +139,42 @@ def test_experiments_refuse_the_depths_of_networks_for_imagenet(depth):
     assert Degradation.from_env({"DEPTHS": "8 20 29 56 110 164 1001"}).depths[-1] == 1001
 
 
+MISTYPED = {
+    "RESNET_DEPTH": "DEPTH RESNETDEPTH RESNET_DEPHT",
+    "LATENT_DIM": "LATENT LATNT_DIM",
+    "BATCH_SIZE": "BATCH BATCHSIZE",
+    "LEARNING_RATE": "LR LEARNINGRATE",
+    "WIDTH": "WIDHT WIDTHS width",
+    "EPOCHS": "EPCOHS EPOCH EPOCJS",
+    "SEED": "SEDD SEEDS SEDE",
+    "ORDER": "ODRER",
+    "OUTDIR": "OUTDRI OUT_DIR",
+    "SHORTCUT": "SHORCTU SHORTCUTS",
+    "DEPTHS": "DEPHTS",
+    "SWEEP": "SWEPE SWEP",
+    "RUNNER": "RUNER",
+    "EVALUATE": "EVALUTE EVALUAET",
+}
+
+
+@pytest.mark.parametrize(("meant", "name"), [(meant, name) for meant in MISTYPED for name in MISTYPED[meant].split()])
+def test_a_mistyped_name_is_told_with_the_one_that_is_meant(meant, name):
+    with pytest.raises(ConfigError) as error:
+        Config.from_env({name: "3"})
+    assert str(error.value) == f"{name} is no setting; did you mean {meant}?"
+
+
+def test_a_name_that_is_an_experiments_setting_is_none_of_a_vaes():
+    environ = {"DEPTH": "20", "VAE_DEPTH": "28", "STEPS": "3"}
+    assert Transfer.from_env(environ).depth == 20
+    Euler.from_env({"LATENT": "3", "DEPHTS": "28", "EVALUTE": "x"} | environ)  # of which it has none
+    with pytest.raises(ConfigError, match="DEPTH is no setting; did you mean DEPTHS"):
+        Degradation.from_env({"DEPTH": "20"})
+
+
 def test_environment_that_has_nothing_to_do_with_us_is_left_alone():
-    Config.from_env(
-        dict(os.environ) | {"EDITOR": "vi", "DEPTHS": "28 40", "LOGNAME": "x", "RESULTS": "x", "EPOCHS": ""}
-    )
+    others = ("EDITOR", "LOGNAME", "RESULTS", "TERM", "SED", "SYSTEM", "SLEEP", "DELAY", "RUNNER_OS", "KERAS_BACKEND")
+    Config.from_env(dict(os.environ) | {"DEPTHS": "28 40", "EPOCHS": ""} | dict.fromkeys(others, "x"))
 
 
 def test_values_and_where_they_came_from():
