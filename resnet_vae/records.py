@@ -138,10 +138,11 @@ def is_finished(config, data=None):
     """Whether the run's folder holds a finished run of this configuration, and of these data where they are given.
 
     Raises:
-        RecordError: the folder holds a finished run of another configuration or of other data.
+        RecordError: the folder holds a finished run of another configuration or of other data, or cannot take this one.
     """
     folder = config.folder
     if not (folder / "metrics.json").exists():
+        _check_place(folder)
         return False
     recorded = _read_config(folder).recipe()
     asked = config.recipe()
@@ -158,6 +159,15 @@ def is_finished(config, data=None):
     if data is not None:
         check_data(folder, data)
     return True
+
+
+def _check_place(folder):
+    """Refuse a folder that can be neither written nor made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RecordError(f"OUTDIR is {str(folder)!r}: {there} is no folder; choose another OUTDIR")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecordError(f"OUTDIR is {str(folder)!r}: {there} cannot be written; choose another OUTDIR")
 
 
 def check_data(folder, data):

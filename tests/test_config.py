@@ -234,16 +234,24 @@ def test_command_line_tells_mistakes_quickly(command):
     assert "Traceback" not in done.stderr
 
 
-def test_data_that_is_not_there_is_told_before_a_backend_is_imported():
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train --dataset nothere", "DATASET is 'nothere': neither one of digits"),
+        ("train --dataset digits --outdir file", "OUTDIR is 'file': file is no folder"),
+        ("train --dataset digits --outdir file/run", "OUTDIR is 'file/run': file is no folder"),
+    ],
+)
+def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words, told):
+    (tmp_path / "file").write_text("no folder")
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "resnet_vae", "train", "--dataset", "no-such-data"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", "resnet_vae", *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert time.perf_counter() - began < 2
-    assert (done.returncode, "neither one of digits" in done.stderr) == (2, True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {told}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_config_command_documents_every_field():
