@@ -34,6 +34,8 @@ def _parser():
     config.add_argument("notebook", nargs="?", default="resnet_vae", metavar="NOTEBOOK", help=told)
     command("train", "train a VAE and draw its pictures", fields=True)
     command("finished", "exit 0 if the run of these settings is finished and its pictures drawn, else 3", fields=True)
+    sweep = command("sweep", "check all runs of a sweep, and print a line for each: its name, what is set for it")
+    sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's")
     command("sample", "draw images generated from the prior", run=True)
     command("reconstruct", "draw test images and their reconstructions", run=True)
     command("interpolate", "draw lines in latent space between test images", run=True)
@@ -80,6 +82,13 @@ def _finished(arguments):
 
     config = _configuration(arguments)
     return 0 if is_finished(config) and not lacks_pictures(config.folder) else 3
+
+
+def _sweep(arguments):
+    from resnet_vae.sweep import runs_of
+
+    for name, settings in runs_of(arguments.folder).items():
+        print(name, *(f"{variable}={text}" for variable, text in settings.items()))
 
 
 def _draw_run(folder, data):
@@ -149,6 +158,7 @@ COMMANDS = {
     "config": _config,
     "train": _train,
     "finished": _finished,
+    "sweep": _sweep,
     "sample": _draw,
     "reconstruct": _draw,
     "interpolate": _draw,

@@ -144,6 +144,12 @@ Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterVali
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
+def did_you_mean(name, known):
+    """The known name that is nearest to one that is none, as the end of a message; nothing if none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _meant(name, known):
     """Which of the known names a variable of the environment must be meant for, or None: most are other programs'."""
     name = name.upper()
@@ -384,8 +390,7 @@ def _explain(error, given, known):
     for finding in error.errors():
         name = str(finding["loc"][0])
         if finding["type"] == "extra_forbidden":
-            meant = difflib.get_close_matches(name, known, n=1)
-            lines[name] = f"{name} is no setting" + (f"; did you mean {meant[0]}?" if meant else "")
+            lines[name] = f"{name} is no setting{did_you_mean(name, known)}"
             continue
         expected = finding["msg"].removeprefix("Value error, ")
         if name == "image_shape" and len(finding["loc"]) > 1:  # a part of it

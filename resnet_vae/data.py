@@ -86,6 +86,7 @@ def load_data(config):
         DataError: the data cannot be had, read, or brought to the image shape. Labels that cannot be used are none:
             a VAE does not need them; see `labelled`.
     """
+    check_dataset(config.dataset)
     name, shape = config.dataset, config.image_shape
     if name == "digits":
         train, test = _digits()
@@ -117,6 +118,19 @@ def load_data(config):
     parts = (train, validation, test)
     labels = None if no_labels else tuple(part.labels for part in parts)
     return Data(Path(name).name, *(part.images for part in parts), digest.hexdigest(), labels, classes, no_labels)
+
+
+def check_dataset(dataset, setting="DATASET"):
+    """Refuse what is neither the name of a data set nor a path that may hold one; nothing is read.
+
+    Raises:
+        DataError: it is neither; the text names the setting.
+    """
+    path = Path(dataset).expanduser()
+    if not (dataset in DATASETS or path.is_dir() or (path.suffix == ".npz" and path.is_file())):
+        raise DataError(
+            f"{setting} is {dataset!r}: neither one of {', '.join(DATASETS)}, nor a folder of images, nor an .npz file"
+        )
 
 
 def labelled(data):
@@ -304,13 +318,7 @@ def _class_numbers(name, parts):
 
 
 def _path(path, shape):
-    if path.is_dir():
-        return _folder(path, shape)
-    if path.suffix == ".npz" and path.is_file():
-        return _npz(path)
-    raise DataError(
-        f"DATASET is {str(path)!r}: neither one of {', '.join(DATASETS)}, nor a folder of images, nor an .npz file"
-    )
+    return _folder(path, shape) if path.is_dir() else _npz(path)
 
 
 def _npz(path):

@@ -7,22 +7,13 @@
 # for every combination: SWEEP="SHORTCUT DEPTHS" SHORTCUT="projection none" DEPTHS="28 100". A finished run with the
 # same settings is skipped, an unfinished one is gone on with; one that fails does not stop the others. EVALUATE names a
 # data set on whose test images each finished run is evaluated, too. At the end the table and the figures are made anew.
-# Exit code: 0 if all runs are finished, 1 if not, 130 or 143 when interrupted.
+# Exit code: 0 if all runs are finished, 1 if not, 2 for a mistake in the settings of any of them, before the first is
+# trained, 130 or 143 when interrupted.
 set -uo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 sweep=${1:-runs/sweep}
 export PYTHON=${PYTHON:-python} CMDLINE=1 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
-if [ -z "${RUNNER:-}" ]; then
-  if "$PYTHON" -c "import nbconvert, ipykernel" 2> /dev/null; then RUNNER=notebook; else RUNNER=command; fi
-fi
-case $RUNNER in
-  notebook | command) ;;
-  *)
-    echo "error: RUNNER is '$RUNNER'; expected notebook or command" >&2
-    exit 2
-    ;;
-esac
 
 child=
 interrupted() { # stop the run that is going on, then stop
@@ -34,26 +25,10 @@ interrupted() { # stop the run that is going on, then stop
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-DEPTHS=${DEPTHS:-28 40 70 100} SWEEP=${SWEEP:-DEPTHS}
-combinations=("")
-for variable in $SWEEP; do
-  if [ -z "${!variable:-}" ]; then
-    echo "error: SWEEP names $variable, which is not set; expected a list, as $variable=\"a b\"" >&2
-    exit 2
-  fi
-  extended=()
-  for combination in "${combinations[@]}"; do
-    for value in ${!variable}; do
-      setting=$variable=$value
-      if [ "$variable" = DEPTHS ]; then
-        setting=RESNET_DEPTH=${value%%:*}
-        case $value in *:*) setting+=" EPOCHS=${value#*:}" ;; esac
-      fi
-      extended+=("$combination $setting")
-    done
-  done
-  combinations=("${extended[@]}")
-done
+runs=$("$PYTHON" -m resnet_vae sweep "$sweep") || exit # a line each: name, settings; mistakes are told here
+if [ -z "${RUNNER:-}" ]; then
+  if "$PYTHON" -c "import nbconvert, ipykernel" 2> /dev/null; then RUNNER=notebook; else RUNNER=command; fi
+fi
 
 failed=()
 evaluate() { # a finished run, once
@@ -63,16 +38,11 @@ evaluate() { # a finished run, once
   [ -f "$1/evaluation-${name%.*}.json" ] || "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
 }
 
-for combination in "${combinations[@]}"; do
-  read -ra settings <<< "$combination"
-  name=
-  for setting in "${settings[@]}"; do
-    part=${setting%%=*} value=${setting#*=}
-    [ "$part" = EPOCHS ] && [ "$SWEEP" = "${SWEEP#*EPOCHS}" ] && continue # a depth's own
-    part=${part#RESNET_}
-    name+=${name:+_}${part,,}-${value//\//-}
-  done
-  settings+=("OUTDIR=$sweep/$name")
+mapfile -t runs <<< "$runs"
+for run in "${runs[@]}"; do
+  read -ra settings <<< "$run"
+  name=${settings[0]}
+  settings[0]=OUTDIR=$sweep/$name
   env "${settings[@]}" "$PYTHON" -m resnet_vae finished
   case $? in
     0)

@@ -1,0 +1,92 @@
+"""The runs of a sweep, as scripts/run_all.sh trains them: all are checked before the first is trained."""
+
+import itertools
+import os
+import re
+from pathlib import Path
+
+from resnet_vae.config import Config, ConfigError, UserError, did_you_mean
+from resnet_vae.data import check_dataset
+from resnet_vae.records import is_finished
+
+DEFAULTS = {"SWEEP": "DEPTHS", "DEPTHS": "28 40 70 100"}
+RUNNERS = ("notebook", "command")
+SWEPT = ("DEPTHS", *map(str.upper, Config.model_fields))
+
+
+def runs_of(folder, environ=None):
+    """The runs of a sweep, in order: name → settings, variables of the environment and their texts.
+
+    SWEEP names variables that hold lists; each combination is a run, in a folder of its name below the sweep's.
+    DEPTHS is a list of RESNET_DEPTH, or of RESNET_DEPTH:EPOCHS.
+
+    Args:
+        folder: the sweep's.
+        environ: a mapping, by default os.environ.
+
+    Raises:
+        ConfigError: listing every mistake in the sweep's names, or else every mistake in its values, each once.
+    """
+    environ = os.environ if environ is None else environ
+    environ = {name: value for name, value in environ.items() if value.strip()}
+    runs, alike, problems = {}, {}, []
+    if environ.get("RUNNER", RUNNERS[0]) not in RUNNERS:
+        problems.append(f"RUNNER is {environ['RUNNER']!r}; expected {' or '.join(RUNNERS)}")
+    if "EVALUATE" in environ:
+        problems += _told(check_dataset, environ["EVALUATE"], "EVALUATE")
+
+    def check(name, settings):
+        config = Config.from_env({**environ, **settings, "OUTDIR": str(Path(folder, name))})
+        first = alike.setdefault(config.replace(outdir="").model_dump_json(), name)
+        if name in runs or first != name:
+            raise ConfigError(f"{name} comes twice" if name in runs else f"{first} and {name} are the same run")
+        if not is_finished(config):
+            check_dataset(config.dataset)
+
+    for name, settings in _combinations(environ):
+        problems += _told(check, name, settings)
+        runs[name] = settings
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return runs
+
+
+def _told(check, *arguments):
+    """The lines that a check tells of mistakes."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _combinations(environ):
+    """A name and settings for each combination of what is swept."""
+    lists = DEFAULTS | environ
+    swept, problems = lists["SWEEP"].split(), []
+    for name in swept:
+        if name not in SWEPT:
+            told = "expected DEPTHS or settings in capitals, apart by blanks"
+            problems.append(f"SWEEP names {name}; {told}{did_you_mean(name.upper(), SWEPT)}")
+        elif name not in lists:
+            problems.append(f'SWEEP names {name}, which is not set; expected a list, as {name}="a b"')
+    if "DEPTHS" not in swept and "DEPTHS" in environ:
+        problems.append(f'DEPTHS is set and SWEEP does not name it; expected SWEEP="{" ".join(swept)} DEPTHS"')
+    if "DEPTHS" in swept and "RESNET_DEPTH" in environ:
+        problems.append("RESNET_DEPTH is set beside DEPTHS, which has the sweep's depths; unset one of them")
+    for text in lists["DEPTHS"].split():
+        if not re.fullmatch("[^:]+(:[^:]+)?", text):
+            problems.append(f"DEPTHS holds {text}; expected a depth, as 28, or one with its epochs, as 28:20")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for chosen in itertools.product(*([_choice(name, text) for text in lists[name].split()] for name in swept)):
+        parts, settings = zip(*chosen, strict=True)
+        yield "_".join(parts), {name: text for each in settings for name, text in each.items()}
+
+
+def _choice(name, text):
+    """A value of what is swept: its part of the run's name, and its settings."""
+    if name == "DEPTHS":
+        depth, _, epochs = text.partition(":")
+        return f"depth-{depth}", {"RESNET_DEPTH": depth} | ({"EPOCHS": epochs} if epochs else {})
+    return f"{name.removeprefix('RESNET_').lower()}-{text.replace('/', '-')}", {name: text}

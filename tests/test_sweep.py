@@ -1,0 +1,90 @@
+"""What scripts/run_all.sh is told to train, and which mistakes it tells before it trains anything."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from test_results import write_run
+
+from resnet_vae.config import ConfigError
+from resnet_vae.sweep import runs_of
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run_all(folder, **settings):
+    settings = {name.upper(): str(value) for name, value in {**TINY, "runner": "command", **settings}.items()}
+    return subprocess.run(
+        [SCRIPTS / "run_all.sh", "sweep"],
+        cwd=folder,
+        env=os.environ | {"PYTHON": sys.executable} | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_combination_is_a_run_with_a_name_and_settings():
+    assert runs_of("x", {}) == {f"depth-{depth}": {"RESNET_DEPTH": depth} for depth in ("28", "40", "70", "100")}
+    sweep = {"SWEEP": "DATASET AUGMENT DEPTHS", "DATASET": "digits mnist", "AUGMENT": "flip,shift none"}
+    runs = runs_of("x", {**sweep, "DEPTHS": "28:20 100", "EPOCHS": "3"})
+    assert list(runs) == [
+        f"dataset-{dataset}_augment-{words}_depth-{depth}"
+        for dataset in ("digits", "mnist")
+        for words in ("flip,shift", "none")
+        for depth in (28, 100)
+    ]
+    digits = {"DATASET": "digits", "AUGMENT": "flip,shift"}
+    assert runs["dataset-digits_augment-flip,shift_depth-28"] == {**digits, "RESNET_DEPTH": "28", "EPOCHS": "20"}
+    assert runs["dataset-digits_augment-flip,shift_depth-100"] == {**digits, "RESNET_DEPTH": "100"}
+
+
+MISTAKES = {
+    "SWEEP=LATENTS LATENTS=4+8": "SWEEP names LATENTS; expected DEPTHS or settings.*did you mean LATENT_DIM?",
+    "SWEEP=widht widht=1+2": "SWEEP names widht; .*did you mean WIDTH?",
+    "SWEEP=WIDTH,DEPTHS": "SWEEP names WIDTH,DEPTHS; expected DEPTHS or settings in capitals, apart by blanks",
+    "SWEEP=A-B": "SWEEP names A-B; expected",
+    "SWEEP=KERAS_BACKEND KERAS_BACKEND=jax": "SWEEP names KERAS_BACKEND; expected",
+    "SWEEP=SHORTCUT": 'SWEEP names SHORTCUT, which is not set; expected a list, as SHORTCUT="a b"',
+    "SWEEP=SEED SEED=1 DEPTHS=28": "DEPTHS is set and SWEEP does not name it",
+    "RESNET_DEPTH=40": "RESNET_DEPTH is set beside DEPTHS",
+    "DEPTHS=28:": "DEPTHS holds 28:; expected a depth, as 28, or one with its epochs, as 28:20",
+    "DEPTHS=28+30": "resnet_depth is '30'",
+    "DEPTHS=28:1+28:2": "depth-28 comes twice",
+    "SWEEP=WIDTH WIDTH=1+1.0": "width-1 and width-1.0 are the same run",
+    "SWEEP=OUTDIR OUTDIR=a+b": "outdir-a and outdir-b are the same run",
+    "WIDTH=abc": "width is 'abc'",
+    "WIDHT=1": "WIDHT is no setting; did you mean WIDTH?",
+    "DEPHTS=28": "DEPHTS is no setting; did you mean DEPTHS?",
+    "RUNNER=notebok": "RUNNER is 'notebok'; expected notebook or command",
+    "DATASET=nothere": "DATASET is 'nothere': neither one of digits",
+    "EVALUATE=nothere.npz": "EVALUATE is 'nothere.npz': neither one of digits",
+}
+
+
+@pytest.mark.parametrize("given", MISTAKES)
+def test_a_mistake_in_a_sweep_is_told_once(given):
+    environ = {name: value.replace("+", " ") for name, value in (word.split("=") for word in given.split())}
+    with pytest.raises(ConfigError) as error:
+        runs_of("x", environ)
+    (line,) = str(error.value).splitlines()
+    assert re.match(MISTAKES[given], line)
+
+
+def test_all_mistakes_are_told_before_the_first_training(tmp_path):
+    """Those of a later depth and of the data, and a folder that is no folder, or another configuration's."""
+    write_run(tmp_path / "sweep" / "depth-40", 40, 1850.0)
+    (tmp_path / "sweep" / "depth-34").write_text("no folder")
+    began = time.perf_counter()
+    done = run_all(tmp_path, depths="28 30 34 40", evaluate="nothere")
+    assert time.perf_counter() - began < 5
+    assert (done.returncode, done.stdout) == (2, "")
+    told = ("error: EVALUATE is", "resnet_depth is '30'", "OUTDIR is 'sweep/depth-34'", "sweep/depth-40 holds")
+    for line, beginning in zip(done.stderr.splitlines(), told, strict=True):
+        assert line.startswith(beginning)
+    assert not (tmp_path / "sweep" / "depth-28").exists()
