@@ -12,6 +12,8 @@
 set -uo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$scripts/arguments.sh"
+check_arguments 1 "$@"
 sweep=${1:-runs/sweep}
 export PYTHON=${PYTHON:-python} CMDLINE=1 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 

@@ -6,7 +6,10 @@
 # the exit code is not 0.
 set -euo pipefail
 
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [ ! -f "$1" ]; then
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$scripts/arguments.sh"
+check_arguments 2 "$@"
+if [ $# -lt 1 ] || [ ! -f "$1" ]; then
   echo "usage: $0 NOTEBOOK [OUTDIR]${1:+ ($1 is no file)}" >&2
   exit 2
 fi
@@ -16,6 +19,5 @@ export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 export NOTEBOOK_FOLDER=$OUTDIR
 "${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message
 mkdir -p "$OUTDIR"
-config=$(dirname "${BASH_SOURCE[0]}")/nbconvert_config.py
-exec "${PYTHON:-python}" -m jupyter nbconvert --config "$config" --log-level=WARN --to notebook --execute "$1" \
-  --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1
+exec "${PYTHON:-python}" -m jupyter nbconvert --config "$scripts/nbconvert_config.py" --log-level=WARN --to notebook \
+  --execute "$1" --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1

@@ -8,6 +8,9 @@
 # with these settings: it runs unattended, and after an interruption the same command goes on.
 set -euo pipefail
 
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$scripts/arguments.sh"
+check_arguments 1 "$@"
 folder=${1:-runs/table1}
 export RUNNER=${RUNNER:-command} DATASET=${DATASET:-cifar10} VALIDATION=${VALIDATION:-test} SWEEP="OBJECTIVE DEPTHS"
 if nvidia-smi -L > /dev/null 2>&1; then
@@ -20,4 +23,4 @@ else
   export WIDTH=${WIDTH:-0.25} BATCH_SIZE=${BATCH_SIZE:-100} OBJECTIVE=${OBJECTIVE:-published elbo}
   export DEPTHS=${DEPTHS:-28:38 40:29 70:18 100:13}
 fi
-exec "$(dirname "${BASH_SOURCE[0]}")/run_all.sh" "$folder"
+exec "$scripts/run_all.sh" "$folder"

@@ -88,3 +88,24 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
     for line, beginning in zip(done.stderr.splitlines(), told, strict=True):
         assert line.startswith(beginning)
     assert not (tmp_path / "sweep" / "depth-28").exists()
+
+
+@pytest.mark.parametrize("script", ["run_all", "table1", "soak", "run_notebook"])
+def test_scripts_tell_what_they_do_and_take_no_option_for_a_folder(tmp_path, script):
+    kept = tmp_path / "runs" / "soak" / "kept"
+    kept.mkdir(parents=True)
+    for words, code in (["--help"], 0), (["-h"], 0), (["a.ipynb", "--folder"], 2), (["a.ipynb", "b", "c"], 2):
+        done = subprocess.run(
+            [SCRIPTS / f"{script}.sh", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        if code:
+            assert not done.stdout
+            assert re.fullmatch("error: (--folder is no option|c is one argument too many); expected .*\n", done.stderr)
+        else:
+            head, *rest = done.stdout.splitlines()
+            assert f"{script}.sh" in head
+            assert len(rest) >= 4
+            assert not [line for line in rest if line.startswith(("#", "set -"))]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert kept.exists()

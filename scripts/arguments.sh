@@ -1,0 +1,22 @@
+# What the other scripts source, to look at their arguments.
+
+check_arguments() { # at most $1 of the following: -h prints the script's first comment, and no option counts as a folder
+  local argument most=$1
+  shift
+  for argument in "$@"; do
+    case $argument in
+      -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
+      -*)
+        echo "error: $argument is no option; expected --help, or a path, as ./$argument" >&2
+        exit 2
+        ;;
+    esac
+  done
+  if [ $# -gt "$most" ]; then
+    echo "error: ${!#} is one argument too many; expected at most $most, see $0 --help" >&2
+    exit 2
+  fi
+}
