@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from resnet_vae.config import Config, UserError
-from resnet_vae.experiments.settings import EXPERIMENTS
+from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
 
 
 def _add_fields(parser):
@@ -30,7 +30,7 @@ def _parser():
         return added
 
     config = command("config", "print the settings: values, where they come from, what they mean", fields=True)
-    told = f"whose settings: {', '.join(EXPERIMENTS)}, or by default a VAE's"
+    told = f"whose settings: {', '.join(NOTEBOOKS)}, or the path of one (default: resnet_vae, a VAE's)"
     config.add_argument("notebook", nargs="?", default="resnet_vae", metavar="NOTEBOOK", help=told)
     command("train", "train a VAE and draw its pictures", fields=True)
     command("finished", "exit 0 if the run of these settings is finished and its pictures drawn, else 3", fields=True)
@@ -57,8 +57,13 @@ def _configuration(arguments, settings=Config):
 
 
 def _config(arguments):
-    settings = EXPERIMENTS.get(Path(arguments.notebook).stem, Config)
-    print(_configuration(arguments, settings).describe())
+    from resnet_vae.data import check_dataset
+
+    settings = settings_of(arguments.notebook)
+    configuration = _configuration(arguments, settings)
+    if "dataset" in settings.model_fields:
+        check_dataset(configuration.dataset)
+    print(configuration.describe())
     print()
     for name, field in settings.model_fields.items():
         print(f"{name.upper():<20}{field.description}")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from resnet_vae import Config
 from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
-from resnet_vae.experiments.settings import Degradation, Euler, Landscape, Transfer
+from resnet_vae.experiments.settings import NOTEBOOKS, Degradation, Euler, Landscape, Transfer
 
 
 def test_depths_of_the_table_have_the_posts_blocks():
@@ -240,6 +240,11 @@ def test_command_line_tells_mistakes_quickly(command):
         ("train --dataset nothere", "DATASET is 'nothere': neither one of digits"),
         ("train --dataset digits --outdir file", "OUTDIR is 'file': file is no folder"),
         ("train --dataset digits --outdir file/run", "OUTDIR is 'file/run': file is no folder"),
+        ("config --dataset nothere", "DATASET is 'nothere': neither one of digits"),
+        ("config degradation --dataset nothere", "DATASET is 'nothere': neither one of digits"),
+        ("config degradatoin", "there is no notebook degradatoin; expected resnet_vae, .*did you mean degradation?"),
+        ("config nothere/notebook.ipynb", "there is no notebook nothere/notebook.ipynb; expected resnet_vae, "),
+        ("config file", "file is no notebook; expected an .ipynb file"),
     ],
 )
 def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words, told):
@@ -250,8 +255,8 @@ def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words,
     )
     assert time.perf_counter() - began < 2
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {told}")
-    assert len(done.stderr.splitlines()) == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"error: {told}", line)
 
 
 def test_config_command_documents_every_field():
@@ -261,6 +266,16 @@ def test_config_command_documents_every_field():
     for name, field in Config.model_fields.items():
         assert field.description
         assert re.search(rf"^{name.upper()} +{re.escape(field.description)}$", done.stdout, re.MULTILINE)
+
+
+def test_config_command_has_the_settings_of_each_notebook():
+    names = {path.stem for path in (Path(__file__).parent.parent / "notebooks").glob("*.ipynb")}
+    assert names == set(NOTEBOOKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", "config", "results"], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"^RESULTS +the sweep's folder", done.stdout, re.MULTILINE)
+    assert "WIDTH" not in done.stdout
 
 
 def test_readme_has_every_field_with_its_default():

@@ -276,15 +276,18 @@ def test_run_notebook_tells_mistakes_before_it_starts(tmp_path):
     missing = subprocess.run([script, "no.ipynb"], capture_output=True, text=True, check=False, env=environment())
     assert (missing.returncode, "no.ipynb is no file" in missing.stderr) == (2, True)
     for name, bad, told in (
-        ("resnet_vae", {"latent_dim": "some"}, "latent_dim is 'some'"),
-        ("degradation", {"depths": "8 9"}, "depths is '8 9': expected 6n + 2 or 9n + 2 layers"),
+        ("resnet_vae.ipynb", {"latent_dim": "some"}, "latent_dim is 'some'"),
+        ("degradation.ipynb", {"depths": "8 9"}, "depths is '8 9': expected 6n + 2 or 9n + 2 layers"),
+        ("resnet_vae.ipynb", {"dataset": "nothere"}, "DATASET is 'nothere': neither one of digits"),
+        ("../README.md", {}, "README.md is no notebook"),
     ):
         done = subprocess.run(
-            [script, HOME / "notebooks" / f"{name}.ipynb", tmp_path / "out"],
+            [script, HOME / "notebooks" / name, tmp_path / "out"],
             capture_output=True,
             text=True,
             check=False,
             env=environment(**bad),
         )
         assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+        assert len(done.stderr.splitlines()) == 1
         assert not (tmp_path / "out").exists()

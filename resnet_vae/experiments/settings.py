@@ -1,11 +1,21 @@
 """The experiments' settings. Nothing large is imported, so that a mistake is told at once."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from resnet_vae.config import IMAGENET, Settings, Shape, blocks_per_stage, parse_words
+from resnet_vae.config import (
+    IMAGENET,
+    Config,
+    ConfigError,
+    Settings,
+    Shape,
+    blocks_per_stage,
+    did_you_mean,
+    parse_words,
+)
 
 NETWORKS = ("classifier", "VAE")
 KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}  # and their options
@@ -130,6 +140,32 @@ class Transfer(Trained):
     repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
 
 
-EXPERIMENTS = {
-    each.__name__.lower(): each for each in (Degradation, Preactivation, Gradients, Euler, Landscape, Transfer)
+class Results(Settings):
+    """Of the notebook that shows a sweep."""
+
+    results: str = Field("", description="the sweep's folder (none: results/objectives)")
+
+
+NOTEBOOKS = {  # and whose settings they have
+    "resnet_vae": Config,
+    "results": Results,
+    **{each.__name__.lower(): each for each in (Degradation, Preactivation, Gradients, Euler, Landscape, Transfer)},
 }
+
+
+def settings_of(notebook):
+    """The class of a notebook's settings, by its name or path; a file that is none of NOTEBOOKS has a VAE's.
+
+    Raises:
+        ConfigError: there is no such notebook, or the file is none.
+    """
+    path = Path(notebook)
+    if path.is_file():
+        try:
+            json.loads(path.read_text())["nbformat"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{path} is no notebook; expected an .ipynb file as Jupyter writes it") from None
+    elif path.stem not in NOTEBOOKS:
+        near = did_you_mean(path.stem, NOTEBOOKS)
+        raise ConfigError(f"there is no notebook {path}; expected {', '.join(NOTEBOOKS)}, or a path{near}")
+    return NOTEBOOKS.get(path.stem, Config)
