@@ -14,10 +14,11 @@ from nbconvert.preprocessors import ExecutePreprocessor
 class LiveExecutePreprocessor(ExecutePreprocessor):
     """Execute in the folder where nbconvert was started; on failure, write the notebook as far as it came.
 
-    SIGINT and SIGTERM interrupt the running cell, which may save its work, where stock nbconvert kills the kernel.
+    SIGINT and SIGTERM interrupt the running cell, which may save its work, where stock nbconvert kills the kernel. An
+    error that a user can put right is told in its one message, with its own exit code, as on the command line.
     """
 
-    stopped_by = None
+    stopped_by = exit_code = None
 
     def _stop(self, number, frame):
         if self.km is None or not self.km.has_kernel:
@@ -38,9 +39,26 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
             if self.stopped_by:
                 print(f"interrupted; the notebook as far as it came is {path}", file=sys.stderr)
                 sys.exit(128 + self.stopped_by)
+            if self.exit_code is not None:
+                print(f"error: {error.evalue}", file=sys.stderr)
+                sys.exit(self.exit_code)
             if isinstance(error, CellExecutionError | CellTimeoutError | DeadKernelError):
                 sys.exit(f"{error}\nerror: the notebook failed; as far as it came it is {path}")
             raise
+
+    def preprocess_cell(self, cell, resources, index):
+        try:
+            return super().preprocess_cell(cell, resources, index)
+        except CellExecutionError:
+            self.exit_code = None if self.stopped_by else self._ask_for_exit_code()
+            raise
+
+    def _ask_for_exit_code(self):
+        """That of the error in which a cell ended; None if it has none, since it is not one of the package's."""
+        asked = {"code": "int(__import__('sys').last_value.exit_code)"}
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))
+        answer = reply["content"]["user_expressions"]["code"]
+        return int(answer["data"]["text/plain"]) if answer["status"] == "ok" else None
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream":

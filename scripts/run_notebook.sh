@@ -3,7 +3,7 @@
 #
 # The executed notebook goes to OUTDIR (default: $OUTDIR, or runs/NAME-<unix time>), which the notebook is told too.
 # Its log is shown as it comes. When a cell fails or the kernel dies, the notebook as far as it came is in OUTDIR and
-# the exit code is not 0.
+# the exit code is not 0: 2 for a mistake in the settings or the data, 4 for a folder in use, 130 or 143 when interrupted.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

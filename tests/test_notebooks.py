@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,12 +248,24 @@ def test_notebook_of_preactivation(tmp_path):
     assert kinds == ["residual", "pre-activation"]
 
 
+OURS = """
+from resnet_vae.config import UserError
+class BusyError(UserError):
+    exit_code = 4
+raise BusyError("the folder is in use")
+"""
+
+
 @pytest.mark.parametrize(
-    ("cell", "told"),
-    [("1 / 0", "ZeroDivisionError"), ("import os; os._exit(1)", "Kernel died")],
-    ids=["error", "death"],
+    ("cell", "code", "told"),
+    [
+        ("1 / 0", 1, "(?s).*ZeroDivisionError.*"),
+        ("import os; os._exit(1)", 1, "(?s).*Kernel died.*"),
+        (OURS, 4, "error: the folder is in use\n"),
+    ],
+    ids=["error", "death", "ours"],
 )
-def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, told):
+def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, code, told):
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(source) for source in ("print('so far')", cell)]
     )
@@ -264,9 +277,9 @@ def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, told):
         text=True,
         check=False,
     )
-    assert done.returncode not in (0, None)
+    assert done.returncode == code
     assert "so far" in done.stdout
-    assert told in done.stderr
+    assert re.fullmatch(told, done.stderr)
     kept = nbformat.read(tmp_path / "out" / "failing.ipynb", 4)
     assert kept.cells[0].outputs[0].text == "so far\n"
 
