@@ -2,11 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
 from resnet_vae.config import Config, UserError
 from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
+
+PICTURES = (".png", ".pdf")
 
 
 def _add_fields(parser):
@@ -105,7 +108,16 @@ def _draw_run(folder, data):
         print(path)
 
 
+def _check_picture(path):
+    """Refuse a picture's path before the picture is made."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"{path} is no name for a picture; expected one that ends in {' or '.join(PICTURES)}")
+    os.scandir(path.parent).close()  # an OSError where there is no such folder
+
+
 def _draw(arguments):
+    if arguments.output:
+        _check_picture(arguments.output)
     from resnet_vae import plots
     from resnet_vae.results import load_data_of, load_run
 
@@ -179,10 +191,18 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     arguments = _parser().parse_args()
     try:
-        return COMMANDS[arguments.command](arguments) or 0
+        code = COMMANDS[arguments.command](arguments) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

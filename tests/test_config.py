@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -245,6 +246,9 @@ def test_command_line_tells_mistakes_quickly(command):
         ("config degradatoin", "there is no notebook degradatoin; expected resnet_vae, .*did you mean degradation?"),
         ("config nothere/notebook.ipynb", "there is no notebook nothere/notebook.ipynb; expected resnet_vae, "),
         ("config file", "file is no notebook; expected an .ipynb file"),
+        ("sample run -o nothere/x.png", "nothere: No such file or directory"),
+        ("interpolate run -o file/x.png", "file: Not a directory"),
+        ("reconstruct run -o x.foo", "x.foo is no name for a picture; expected one that ends in .png or .pdf"),
     ],
 )
 def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words, told):
@@ -257,6 +261,14 @@ def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words,
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert re.match(f"error: {told}", line)
+
+
+def test_a_reader_that_closes_its_pipe_is_no_error(tmp_path):
+    command = [sys.executable, "-m", "resnet_vae", "config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 128 + signal.SIGPIPE
 
 
 def test_config_command_documents_every_field():

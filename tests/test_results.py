@@ -152,6 +152,15 @@ def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
     assert {path.name for path in sweep.iterdir() if path.is_file()} == set(names)
 
 
+def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeypatch):
+    from resnet_vae.__main__ import main
+
+    (sweep / "partial-table.md").mkdir()
+    monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {sweep}/partial-table.md: Is a directory\n"
+
+
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
         write_table(tmp_path)
