@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 from resnet_vae.config import UserError
-from resnet_vae.data import entropy_floor, load_data
+from resnet_vae.data import check_dataset, entropy_floor, load_data
 from resnet_vae.records import check_data, csv_text, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
@@ -82,9 +82,10 @@ def evaluate_run(folder, dataset):
         A dict: the data's name, number of images and fingerprint, their entropy floor, and the objective's figures.
         It is also written to evaluation-NAME.json in the run's folder.
     """
+    check_dataset(dataset)
+    run, vae = load_run(folder)
     from resnet_vae.training import evaluate
 
-    run, vae = load_run(folder)
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
     result = {
         "data": data.name,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from test_results import write_run
 
 from resnet_vae import Config
 from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
@@ -246,6 +247,9 @@ def test_command_line_tells_mistakes_quickly(command):
         ("config degradatoin", "there is no notebook degradatoin; expected resnet_vae, .*did you mean degradation?"),
         ("config nothere/notebook.ipynb", "there is no notebook nothere/notebook.ipynb; expected resnet_vae, "),
         ("config file", "file is no notebook; expected an .ipynb file"),
+        ("evaluate nothere digits", "nothere/config.json is missing"),
+        ("evaluate run nothere", "DATASET is 'nothere': neither one of digits"),
+        ("evaluate run digits", "run/model.keras is missing"),
         ("sample run -o nothere/x.png", "nothere: No such file or directory"),
         ("interpolate run -o file/x.png", "file: Not a directory"),
         ("reconstruct run -o x.foo", "x.foo is no name for a picture; expected one that ends in .png or .pdf"),
@@ -253,6 +257,7 @@ def test_command_line_tells_mistakes_quickly(command):
 )
 def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words, told):
     (tmp_path / "file").write_text("no folder")
+    write_run(tmp_path / "run", 28, 1850.0)
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "resnet_vae", *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
