@@ -38,7 +38,8 @@ def load_run(folder):
     The network is built anew from the recorded configuration, and only weights are read from model.keras.
 
     Returns:
-        (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`.
+        (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`; what trains it on minimises the
+        whole KL.
 
     Raises:
         UserError: the folder holds no finished run, or its model does not fit its configuration.
@@ -50,6 +51,7 @@ def load_run(folder):
     from resnet_vae.training import build_vae
 
     vae = build_vae(run.config)
+    vae.kl_warmup_steps = 0  # they are over, however few there were
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Keras only warns of weights that are not in the file

@@ -148,6 +148,17 @@ def test_load_run_gives_the_model_of_the_record(finished_run):
     np.testing.assert_array_equal(vae.predict(test[:9], verbose=0), saved.predict(test[:9], verbose=0))
 
 
+def test_what_is_trained_on_minimises_the_whole_kl(finished_run, images):
+    """A finished run has its warm-up behind it, also one of fewer steps than KL_WARMUP_STEPS."""
+    run, vae = load_run(finished_run)
+    assert 0 < float(ops.convert_to_numpy(vae.trained_steps)) < run.config.kl_warmup_steps
+    images = ops.convert_to_tensor(images)
+    minimised = vae.compute_loss(images, y_pred=vae(images, training=True))
+    figures = vae.get_metrics_result()
+    assert float(figures["kl"]) > 0.01
+    assert float(minimised) == pytest.approx(float(figures["loss"]), abs=1e-3)
+
+
 def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     run, _ = load_run(finished_run)
     np.savez(tmp_path / "again.npz", x_train=load_data(run.config).train, x_test=load_data(run.config).test)
