@@ -306,15 +306,16 @@ class Config(Settings):
     epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
     learning_rate: float = Field(0.012, gt=0, description="highest learning rate of the schedule")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
-        "cosine", description="cosine to 0 over the epochs; plateau: halved after 25 epochs without progress; constant"
+        "cosine",
+        description="cosine to 0 over the epochs; plateau: halved after 25 epochs of no lower loss; constant",
     )
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, of the cosine schedule")
     decay: float = Field(0.0, ge=0, description="time decay: the learning rate is divided by 1 + decay × steps")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW, times the learning rate")
     adam_beta_2: float = Field(0.99, ge=0, lt=1, description="decay of AdamW's average of squared gradients")
     clip_norm: float = Field(200.0, ge=0, description="largest norm of all gradients together (0: no limit)")
     patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
-    min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress")
+    min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress to PATIENCE")
     precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
         "auto", description="auto: mixed_bfloat16 where the device is faster in it, else float32; heads stay float32"
     )

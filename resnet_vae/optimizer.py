@@ -29,10 +29,13 @@ class AdamW(keras.optimizers.Adam):
         super().apply(grads, trainable_variables)
         del self._of_the_step
 
+    def decayed(self, rate):
+        """What the time decay leaves of a rate by now."""
+        return rate / (1.0 + self.decay * ops.cast(self.iterations, "float32")) if self.decay else rate
+
     def _scalars(self, learning_rate):
         """What is the same for all variables of a step: the rate, what decay leaves, and Adam's arguments."""
-        step, rate = ops.cast(self.iterations, "float32"), ops.cast(learning_rate, "float32")
-        rate = rate / (1.0 + self.decay * step) if self.decay else rate
+        step, rate = ops.cast(self.iterations, "float32"), self.decayed(ops.cast(learning_rate, "float32"))
         adam = {
             "beta1_power": self.beta_1 ** (step + 1.0),
             "beta2_power": self.beta_2 ** (step + 1.0),

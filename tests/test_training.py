@@ -79,6 +79,7 @@ def test_adamw_with_decay_is_the_formula():
         corrected = m / (1 - b1 ** (step + 1)) / (np.sqrt(v / (1 - b2 ** (step + 1))) + eps)
         expected = expected - slowed * corrected
     np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, rtol=1e-5)
+    assert float(ops.convert_to_numpy(optimizer.decayed(rate))) == pytest.approx(rate / (1 + 5 * decay))
     assert AdamW.from_config(optimizer.get_config()).decay == decay
 
 
