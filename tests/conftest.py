@@ -1,6 +1,7 @@
 """What the tests share: tiny networks, and one finished run on digits."""
 
 import os
+import resource
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -24,6 +25,12 @@ TINY = {
 def once(reason):
     """Mark a slow test of what is the same on every backend: it runs on TensorFlow."""
     return pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason=reason)
+
+
+def processor_seconds():
+    """What finished child processes have computed, which is the same on a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(autouse=True)
