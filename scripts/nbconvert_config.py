@@ -56,8 +56,10 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
     def _ask_for_exit_code(self):
         """That of the error in which a cell ended; None if it has none, since it is not one of the package's."""
         asked = {"code": "int(__import__('sys').last_value.exit_code)"}
-        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))
-        answer = reply["content"]["user_expressions"]["code"]
+        reply = {"status": "aborted"}  # as a request is that comes too soon after an error
+        while reply["status"] == "aborted":
+            reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))["content"]
+        answer = reply["user_expressions"]["code"]
         return int(answer["data"]["text/plain"]) if answer["status"] == "ok" else None
 
     def process_message(self, msg, cell, cell_index):
