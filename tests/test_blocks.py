@@ -175,9 +175,8 @@ def test_fast_block_is_the_plain_one(kind, shape, training, folded, monkeypatch)
         np.testing.assert_allclose(fast, plain, rtol=1e-10, atol=1e-10 * max(1, np.abs(plain).max()))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow with oneDNN")
-@pytest.mark.parametrize(("kind", "tolerance"), [("conv", 0.02), ("transposed", 0.02)])
-def test_fast_block_of_images_far_from_zero(kind, tolerance):
+@pytest.mark.parametrize("kind", ["conv", "transposed"])
+def test_fast_block_of_images_far_from_zero(kind):
     """In float32 a mean a hundred times the spread costs the fast way no more than the plain one."""
     x = 300 + RNG.standard_normal((8, 6, 8, 6))
     block = make_block(kind, "float32")
@@ -186,10 +185,11 @@ def test_fast_block_of_images_far_from_zero(kind, tolerance):
         keras.ops.convert_to_numpy(way(keras.ops.convert_to_tensor(x, "float32"), training=True))
         for way in (block.fast, block.plain)
     )
-    assert np.abs(fast - exact).max() < tolerance
+    assert np.abs(fast - exact).max() < 0.02
     assert np.abs(fast - exact).max() < 3 * np.abs(plain - exact).max() + 1e-4
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow with oneDNN")
 @pytest.mark.parametrize("kind", ["conv", "transposed", "basic", "basic, transposed", "pre", "pool"])
 def test_gradients_in_float32_are_those_in_float64(kind):
     """Few channels and a strided 1×1, of which oneDNN's weight gradients are wrong, or end the process."""

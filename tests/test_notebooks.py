@@ -259,9 +259,9 @@ raise BusyError("the folder is in use")
 @pytest.mark.parametrize(
     ("cell", "code", "told"),
     [
-        ("1 / 0", 1, "(?s).*ZeroDivisionError.*"),
-        ("import os; os._exit(1)", 1, "(?s).*Kernel died.*"),
-        (OURS, 4, "error: the folder is in use\n"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("import os; os._exit(1)", 1, "Kernel died"),
+        (OURS, 4, r"\A(\[IPKernelApp\] .*\n)?error: the folder is in use\n\Z"),
     ],
     ids=["error", "death", "ours"],
 )
@@ -279,7 +279,7 @@ def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, code, t
     )
     assert done.returncode == code
     assert "so far" in done.stdout
-    assert re.fullmatch(told, done.stderr)
+    assert re.search(told, done.stderr)
     kept = nbformat.read(tmp_path / "out" / "failing.ipynb", 4)
     assert kept.cells[0].outputs[0].text == "so far\n"
 
