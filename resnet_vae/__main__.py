@@ -77,7 +77,9 @@ def _train(arguments):
     from resnet_vae.records import is_finished
 
     config = _configuration(arguments)
-    data = None if is_finished(config) else load_data(config)  # a mistake is told before anything large is imported
+    is_finished(config)  # other settings are told before the data are read,
+    data = load_data(config)
+    is_finished(config, data)  # and other data before anything large is imported
     from resnet_vae.training import train
 
     folder = train(config, data)
@@ -101,10 +103,10 @@ def _sweep(arguments):
 
 def _draw_run(folder, data):
     from resnet_vae.plots import draw_run
-    from resnet_vae.results import load_data_of, load_run
+    from resnet_vae.results import load_run
 
     run, vae = load_run(folder)
-    for path in draw_run(run, vae, (data or load_data_of(run)).test):
+    for path in draw_run(run, vae, data.test):
         print(path)
 
 
