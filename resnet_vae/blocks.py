@@ -77,11 +77,12 @@ class ResidualBlock(layers.Layer):
         filters, sides, strides = (
             (number,) if isinstance(number, int) else tuple(number) for number in (filters, kernel_size, strides)
         )
-        if shortcut not in SHORTCUTS or order not in ORDERS or len(filters) not in (2, 3) or len(set(sides)) != 1:
+        numbers = len(filters) in (2, 3) and len(set(sides)) == 1 and len(strides) in (1, 2)
+        if shortcut not in SHORTCUTS or order not in ORDERS or not numbers:
             raise ValueError(
-                f"block {self.name!r}: filters {filters}, kernel {kernel_size}, shortcut {shortcut!r}, order "
-                f"{order!r}; expected 2 or 3 numbers of filters, one side of the kernel, one of "
-                f"{', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
+                f"block {self.name!r}: filters {filters}, kernel {kernel_size}, strides {strides}, shortcut "
+                f"{shortcut!r}, order {order!r}; expected 2 or 3 numbers of filters, one side of the kernel, 1 or 2 "
+                f"strides, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
             )
         if keras.config.image_data_format() != "channels_last":
             raise ValueError(

@@ -76,9 +76,7 @@ class AdamW(keras.optimizers.Adam):
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(grad) for grad in grads]))
 
         def shortened():
-            share = self.global_clipnorm / norm + (
-                norm - norm
-            )  # an infinite norm is told by NaN, not by standing still
+            share = self.global_clipnorm / norm + (norm - norm)  # NaN where it is infinite, so that it is noticed
             return [grad * share for grad in grads]
 
         return tf.cond(norm <= self.global_clipnorm, lambda: grads, shortened)
