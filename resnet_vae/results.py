@@ -48,7 +48,7 @@ def load_run(folder):
     path = run.folder / "model.keras"
     if not path.exists():
         raise UserError(f"{path} is missing; models are not kept in git: train again with the run's config.json")
-    from resnet_vae.training import build_vae
+    from resnet_vae.training import build_vae  # with all of the package's classes, for load_model
 
     vae = build_vae(run.config)
     vae.kl_warmup_steps = 0  # they are over, however few there were
@@ -159,7 +159,8 @@ def notes(runs):
     remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
     for name in sorted({run.provenance["data"]["name"] for run in runs}):
         remarks.append(
-            f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them."
+            f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them, and "
+            "reconstruction and KL of the last validation in its notebooks."
         )
     if any(run.config.validation == "test" for run in runs):
         remarks.append(
