@@ -246,49 +246,57 @@ class Config(Settings):
 
     also: ClassVar = ("DEPTHS", "SWEEP", "RUNNER", "EVALUATE")  # of scripts/run_all.sh
 
-    preset: Literal["default", "published"] = Field("default", description="published: every value as the post had it")
+    preset: Literal["default", "published"] = Field(
+        "default", description="published: the post's recipe; whatever else is set takes precedence over it"
+    )
     dataset: str = Field(
         "cifar10",
         min_length=1,
-        description=f"{', '.join(DATASETS)}, or the path of a folder of images or of an .npz of arrays",
+        description=f"{', '.join(DATASETS)}, or the path of a folder of images or of an .npz file",
     )
     image_shape: Shape | None = Field(
         None,
-        description="height, width, channels, as 64x64x3; images are brought to it (none: as the data set has them)",
+        description="height, width, channels, as 64x64x3; images are resized to it (default: as the data set has them)",
     )
     augment: Augmentations = Field(
-        (), description="what is done to training images at random: flip, shift, color, as flip,shift; none: nothing"
+        (), description="random changes to training images: none, flip, shift, color, or several, as flip,shift"
     )
     validation: Literal["holdout", "test"] = Field(
         "holdout",
-        description="holdout: a tenth of the training images, at most 5000; test: the test images, as the post did",
+        description="holdout: a tenth of the training images, at most 5000; test: the test images, as in the post",
     )
     block: Literal["bottleneck", "basic"] = Field(
         "bottleneck",
-        description="bottleneck: 1x1, 3x3, 1x1 convolutions; basic: two 3x3, a quarter of the channels out",
+        description="bottleneck: 1x1, 3x3, 1x1 convolutions; basic: two 3x3, with a quarter of the output channels",
     )
-    resnet_depth: int = Field(28, description="weight layers of encoder and decoder: 28, 40, 70, 100, 6 blocks + 4")
+    resnet_depth: int = Field(
+        28,
+        description="weight layers of encoder and decoder: 6 × blocks + 4, as 28, 40, 70, 100; basic: 4 × blocks + 4",
+    )
     order: Literal["post", "pre"] = Field(
         "post",
-        description="post: ReLU after the addition; pre: before each convolution, and a convolution reads the image",
+        description="post: ReLU after the addition; pre: ReLU before each convolution, after one that reads the image",
     )
     shortcut: Literal["projection", "pool", "pad", "none"] = Field(
         "projection",
-        description="where shapes change: projection, pool, pad; none: no shortcuts at all, a plain network",
+        description="where the shape changes: projection, pool or pad; none: no shortcuts at all, a plain network",
     )
-    learned_step: bool = Field(False, description="what a block adds is multiplied with a trained number, 1 at first")
-    stem: int = Field(0, ge=0, le=64, description="plain 3x3 convolutions before the first block, and after the last")
+    learned_step: bool = Field(False, description="what a block adds is multiplied by a trained number, 1 at first")
+    stem: int = Field(0, ge=0, le=64, description="plain 3x3 convolutions before the first block and after the last")
     decoder: Literal["mirrored", "published"] = Field(
-        "mirrored", description="order of the decoder's filters: mirrored 2048 to 64, published 64 to 2048 (the post's)"
+        "mirrored",
+        description="order of the decoder's filters: mirrored, 2048 to 64; published, 64 to 2048 as in the post",
     )
-    width: float = Field(1.0, gt=0, le=4, description="multiplier of the blocks' filters")
+    width: float = Field(1.0, gt=0, le=4, description="multiplier of the blocks' numbers of filters")
     latent_dim: int = Field(256, ge=1, le=65536, description="number of latents")
-    intermediate_dim: int = Field(1024, ge=1, le=65536, description="units of the dense layers beside the latent")
-    activation: Activation = Field("relu", description="activation of those dense layers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after those dense layers")
+    intermediate_dim: int = Field(
+        1024, ge=1, le=65536, description="units of the dense layer on either side of the latent"
+    )
+    activation: Activation = Field("relu", description="activation of these dense layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate after these dense layers")
     initialization: Literal["identity", "published"] = Field(
         "identity",
-        description="identity: identity blocks start as the identity, heads near zero; published: Keras's own",
+        description="identity: identity blocks start as the identity, heads near zero; published: Keras's defaults",
     )
     norm_momentum: float = Field(
         0.95, ge=0, lt=1, description="momentum of batch normalisation's moving averages, which evaluation uses"
@@ -298,44 +306,50 @@ class Config(Settings):
     )
     beta: float = Field(1.0, ge=0, description="weight of the KL; the loss is a bound only at 1")
     kl_warmup_steps: int = Field(
-        500, ge=0, description="steps over which the KL's weight rises to beta; what is printed has the full weight"
+        500,
+        ge=0,
+        description="steps over which the KL's weight rises to beta, at most half of all; printed losses use beta",
     )
     mean_l2: float = Field(0.0, ge=0, description="L2 penalty of the mean head's kernel and bias")
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
-    batch_size: int = Field(100, ge=1, description="images a training step")
-    epochs: int = Field(100, ge=1, description="at most so many passes over the training images")
-    learning_rate: float = Field(0.012, gt=0, description="highest learning rate of the schedule")
+    batch_size: int = Field(100, ge=1, description="images per training step")
+    epochs: int = Field(100, ge=1, description="passes over the training images, at most")
+    learning_rate: float = Field(0.012, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
         "cosine",
-        description="cosine to 0 over the epochs; plateau: halved after 25 epochs of no lower loss; constant",
+        description="cosine: to 0 over the epochs; plateau: halved after 25 epochs without a lower loss; constant",
     )
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up, of the cosine schedule")
+    warmup_steps: int = Field(
+        100, ge=0, description="steps of linear warm-up, with SCHEDULE=cosine, at most half of all"
+    )
     decay: float = Field(0.0, ge=0, description="time decay: the learning rate is divided by 1 + decay × steps")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW, times the learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay, multiplied by the learning rate")
     adam_beta_2: float = Field(0.99, ge=0, lt=1, description="decay of AdamW's average of squared gradients")
     clip_norm: float = Field(200.0, ge=0, description="largest norm of all gradients together (0: no limit)")
-    patience: int = Field(0, ge=0, description="stop after so many epochs without progress (0: never)")
-    min_delta: float = Field(0.1, ge=0, description="nats of validation loss that count as progress to PATIENCE")
+    patience: int = Field(0, ge=0, description="stop after this many epochs without progress (0: never)")
+    min_delta: float = Field(0.1, ge=0, description="fall of the validation loss, in nats, that counts as progress")
     precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
         "auto", description="auto: mixed_bfloat16 where the device is faster in it, else float32; heads stay float32"
     )
     remat: bool = Field(
-        False, description="compute what is within repeated blocks a second time for the gradient instead of keeping it"
+        False, description="recompute the inside of repeated blocks for the gradient: less memory, slower steps"
     )
     deterministic: bool = Field(
-        True, description="the same bits each time on the same machine; a training that goes on then equals any other"
+        True, description="bit-identical results on the same machine, also after an interruption"
     )
     rollbacks: int = Field(
         0,
         ge=0,
-        description="how often divergence may send the run back to its checkpoint, at half the rate",
+        description="how often a run that diverges may go back to its checkpoint and continue at half the rate",
     )
-    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights, order, noise and held-out images")
+    seed: int = Field(
+        0, ge=0, lt=2**31 - 1, description="of the weights, the order of images, the noise and the held-out images"
+    )
     checkpoint_seconds: float = Field(
-        30.0, ge=0, description="between checkpoints, at least; and a hundred times what writing one takes"
+        30.0, ge=0, description="least time between checkpoints; never less than 100 times the time of writing one"
     )
-    outdir: str = Field("", description="the run's folder (none: runs/DATASET-depth-DEPTH)")
-    cmdline: bool = Field(False, description="no progress bars or widgets: one plain line an epoch")
+    outdir: str = Field("", description="the run's folder (default: runs/DATASET-depth-DEPTH)")
+    cmdline: bool = Field(False, description="plain output, one line per epoch, without progress bars and widgets")
 
     def __init__(self, **values):
         super().__init__(**values)
