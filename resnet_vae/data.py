@@ -145,7 +145,7 @@ def labelled(data):
 
 
 def entropy_floor(images):
-    """Bernoulli entropy of uint8 images, nats an image: the least that the reconstruction loss can be on them.
+    """Bernoulli entropy of uint8 images, nats per image: the least that the reconstruction loss can be on them.
 
     It is what a perfect reconstruction scores, since grey levels lie between 0 and 1.
     """

@@ -127,5 +127,5 @@ def draw(rows):
                 axes.semilogy(places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number, label=f"{kind}, {depth}")
         axes.set(title=network, xlabel="layer, from the first (0) to the last (1)")
         axes.legend(frameon=False, fontsize=7)
-    figure.axes[0].set_ylabel("norm of the gradient by a layer's weights")
+    figure.axes[0].set_ylabel("gradient norm of a layer's weights")
     return figure

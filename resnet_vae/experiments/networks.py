@@ -10,7 +10,7 @@ from resnet_vae.experiments.settings import KINDS
 from resnet_vae.optimizer import AdamW, prepare
 from resnet_vae.vae import build_vae
 
-LOSSES = {"classifier": "cross-entropy, nats an image", "VAE": "reconstruction + β KL, nats an image"}
+LOSSES = {"classifier": "cross-entropy, nats per image", "VAE": "reconstruction + β KL, nats per image"}
 SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 0}
 
 

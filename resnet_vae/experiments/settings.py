@@ -143,7 +143,7 @@ class Transfer(Trained):
 class Results(Settings):
     """Of the notebook that shows a sweep."""
 
-    results: str = Field("", description="the sweep's folder (none: results/objectives)")
+    results: str = Field("", description="the sweep's folder (default: results/table1)")
 
 
 NOTEBOOKS = {  # and whose settings they have
