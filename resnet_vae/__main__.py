@@ -6,10 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
-from resnet_vae.config import Config, UserError
+from resnet_vae.config import Config, UserError, did_you_mean
 from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
 
 PICTURES = (".png", ".pdf")
+DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
 
 
 def _add_fields(parser):
@@ -129,7 +130,7 @@ def _draw(arguments):
     else:
         draw = plots.reconstructions if arguments.command == "reconstruct" else plots.interpolations
         figure = draw(run, vae, load_data_of(run).test)
-    print(plots.save(figure, arguments.output or run.folder / f"{arguments.command}.png"))
+    print(plots.save(figure, arguments.output or run.folder / f"{DRAWN[arguments.command]}.png"))
 
 
 def _table(arguments):
@@ -188,11 +189,22 @@ COMMANDS = {
 }
 
 
+def _refuse(word, command):
+    """Tell of a word that no command takes."""
+    what = "is one argument too many"
+    if word.startswith("-"):
+        meant = did_you_mean(word.partition("=")[0].strip("-").replace("-", "_"), Config.model_fields)
+        what = f"is no option of {command}" + meant.replace("mean ", "mean --").replace("_", "-")
+    raise UserError(f"{word} {what}; see python -m resnet_vae {command} --help".replace("?;", "?"))
+
+
 def main():
     """Run the command line; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    arguments = _parser().parse_args()
+    arguments, rest = _parser().parse_known_args()
     try:
+        if rest:
+            _refuse(rest[0], arguments.command)
         code = COMMANDS[arguments.command](arguments) or 0
         sys.stdout.flush()
         return code

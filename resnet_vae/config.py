@@ -6,6 +6,7 @@ told before TensorFlow or Keras is touched.
 
 import difflib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -28,6 +29,7 @@ DATASETS = {  # the data sets with a name, and their images' shapes
     "mnist": (32, 32, 1),
     "fashion_mnist": (32, 32, 1),
 }
+BACKENDS = ("tensorflow", "jax", "torch")
 OBJECTIVES = ("elbo", "published")
 PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "resnet_depth": 100,
@@ -101,7 +103,7 @@ def blocks_per_stage(depth, block="bottleneck"):
         below = max(least, least + (depth - least) // layers * layers)
         first = ", ".join(str(least + number * layers) for number in range(3))
         told = (
-            f"cannot be reached; depths are {first}, … ({layers} × blocks + 4), the nearest are {below} and "
+            f"no network has this depth; depths are {first}, … ({layers} × blocks + 4), the nearest are {below} and "
             f"{below + layers}"
         )
         if 0 <= depth <= 3:
@@ -131,7 +133,7 @@ AUGMENTATIONS = ("flip", "shift", "color")
 
 
 def parse_words(value):
-    """A text of words, apart by blanks or commas, as a list; anything else as it is."""
+    """A text of words, separated by spaces or commas, as a list; anything else as it is."""
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
@@ -146,8 +148,9 @@ Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "
 
 def did_you_mean(name, known):
     """The known name that is nearest to one that is none, as the end of a message; nothing if none is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    alias = ALIASES.get(name.upper(), "")
+    meant = [each for each in known if each.upper() == alias] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def _meant(name, known):
@@ -160,6 +163,15 @@ def _meant(name, known):
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.83)
     same_letters = (each for each in known if set(each) == set(name) and abs(len(each) - len(name)) <= 1)
     return alike[0] if alike else next(same_letters, None)
+
+
+def _backend_problem(backend):
+    """What is wrong with KERAS_BACKEND, as a list of a line or none; Keras tells it in a stack trace."""
+    if backend and backend not in BACKENDS:
+        return [f"KERAS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}"]
+    if backend and not find_spec(backend):
+        return [f"KERAS_BACKEND is {backend!r}, which is not installed; install it, or choose another backend"]
+    return []
 
 
 class Settings(BaseModel):
@@ -202,6 +214,7 @@ class Settings(BaseModel):
             meant = _meant(name, known) if environ[name].strip() else None
             if meant:
                 problems.append(f"{name} is no setting; did you mean {meant}?")
+        problems += _backend_problem(environ.get("KERAS_BACKEND", ""))
         if "cmdline" in values:  # the post's meaning: set at all
             values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
         try:

@@ -83,6 +83,8 @@ def read_run(folder):
         UserError: a file is missing, cannot be read or lacks something.
     """
     folder = Path(folder)
+    if any(folder.glob("*/metrics.json")):
+        raise RecordError(f"{folder} is a sweep; expected one of the runs below it")
     config = _read_config(folder)
     metrics, provenance = _read(folder / "metrics.json", _Metrics), _read(folder / "provenance.json", _Provenance)
     return Run(folder, config, _read_history(folder / "history.csv"), metrics, provenance)
@@ -129,9 +131,30 @@ def read_sweep(folder):
     """
     folder = Path(folder)
     runs = [read_run(path.parent) for path in sorted(folder.glob("*/metrics.json"))]
+    check_sweep(folder)
     if not runs:
         raise RecordError(f"{folder} has no finished runs below it; expected folders with a metrics.json")
     return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, run.folder.name))
+
+
+def check_sweep(folder):
+    """Refuse the folder of a single run where that of a sweep is expected."""
+    if (folder / "config.json").exists():
+        raise RecordError(f"{folder} is a run; expected a sweep, the folder above it")
+
+
+def model_of(folder):
+    """The path of a run's model.
+
+    Raises:
+        RecordError: it is not there.
+    """
+    path = Path(folder) / "model.keras"
+    if not path.exists():
+        raise RecordError(
+            f"{path} is missing; models are not kept in git: train again with the settings in the run's config.json"
+        )
+    return path
 
 
 def is_finished(config, data=None):

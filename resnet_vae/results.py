@@ -5,7 +5,7 @@ from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
-from resnet_vae.records import check_data, csv_text, read_run, read_sweep, write_json, write_text
+from resnet_vae.records import check_data, csv_text, model_of, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
 # validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
@@ -45,9 +45,7 @@ def load_run(folder):
         UserError: the folder holds no finished run, or its model does not fit its configuration.
     """
     run = read_run(folder)
-    path = run.folder / "model.keras"
-    if not path.exists():
-        raise UserError(f"{path} is missing; models are not kept in git: train again with the run's config.json")
+    path = model_of(run.folder)
     from resnet_vae.training import build_vae  # with all of the package's classes, for load_model
 
     vae = build_vae(run.config)

@@ -39,7 +39,7 @@ def runs_of(folder, environ=None):
         config = Config.from_env({**environ, **settings, "OUTDIR": str(Path(folder, name))})
         first = alike.setdefault(config.replace(outdir="").model_dump_json(), name)
         if name in runs or first != name:
-            raise ConfigError(f"{name} comes twice" if name in runs else f"{first} and {name} are the same run")
+            raise ConfigError(f"{name} is there twice" if name in runs else f"{first} and {name} are the same run")
         if not is_finished(config):
             check_dataset(config.dataset)
 
@@ -66,7 +66,7 @@ def _combinations(environ):
     swept, problems = lists["SWEEP"].split(), []
     for name in swept:
         if name not in SWEPT:
-            told = "expected DEPTHS or settings in capitals, apart by blanks"
+            told = "expected DEPTHS or settings in capitals, separated by spaces"
             problems.append(f"SWEEP names {name}; {told}{did_you_mean(name.upper(), SWEPT)}")
         elif name not in lists:
             problems.append(f'SWEEP names {name}, which is not set; expected a list, as {name}="a b"')

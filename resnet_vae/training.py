@@ -34,6 +34,7 @@ from resnet_vae.vae import build_vae, count_parameters, devices, precision
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
 SHARE = 0.01  # of the time that writing checkpoints may take
+HASHES = ("data", "code")  # of what a training is
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
 
@@ -198,7 +199,7 @@ class Training(keras.callbacks.Callback):
 
     def _check(self, recorded):
         differing = [
-            f"{name.upper()} {recorded.get(name)} there, {value} here"
+            f"another {name}" if name in HASHES else f"{name.upper()} {recorded.get(name)} there, {value} here"
             for name, value in self.identity.items()
             if recorded.get(name) != value
         ]

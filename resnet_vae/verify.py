@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from resnet_vae import plots
 from resnet_vae.config import UserError
-from resnet_vae.records import FIGURES, RecordError, read_json, read_run, read_sweep, sha256_of
+from resnet_vae.records import FIGURES, RecordError, check_sweep, model_of, read_json, read_run, read_sweep, sha256_of
 from resnet_vae.results import tables
 
 EXPERIMENTS = ("degradation", "euler", "gradients", "landscape", "transfer")
@@ -73,6 +73,7 @@ def _hashes(folder, files):
 
 
 def _sweep(folder):
+    check_sweep(folder)
     places = sorted(path.parent for path in folder.glob("*/config.json"))
     if not places:
         raise RecordError(
@@ -176,7 +177,7 @@ def differences(folder, other):
     Raises:
         RecordError: a history or a model cannot be read.
     """
-    first, second = ({**_columns(Path(place)), **_arrays(Path(place) / "model.keras")} for place in (folder, other))
+    first, second = ({**_columns(Path(place)), **_arrays(model_of(place))} for place in (folder, other))
     return sorted(
         name
         for name in first.keys() | second.keys()

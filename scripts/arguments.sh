@@ -10,7 +10,7 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
         exit
         ;;
       -*)
-        echo "error: $argument is no option; expected --help, or a path, as ./$argument" >&2
+        echo "error: $argument is no option; expected --help or a folder; settings are environment variables, as EPOCHS=3 $0" >&2
         exit 2
         ;;
     esac

@@ -123,6 +123,14 @@ def test_all_mistakes_are_told_at_once():
     assert "DROPOUT" in told
 
 
+def test_a_backend_that_keras_has_not_or_that_is_not_installed_is_told(monkeypatch):
+    with pytest.raises(ConfigError, match="^KERAS_BACKEND is 'pytorch'; expected one of tensorflow, jax, torch$"):
+        Config.from_env({"KERAS_BACKEND": "pytorch"})
+    monkeypatch.setattr("resnet_vae.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="^KERAS_BACKEND is 'jax', which is not installed"):
+        Config.from_env({"KERAS_BACKEND": "jax"})
+
+
 def test_depth_and_shape_are_told_with_the_others():
     with pytest.raises(ConfigError) as error:
         Config.from_env({"WIDTH": "-1", "RESNET_DEPTH": "30", "IMAGE_SHAPE": "9x8x1"})
@@ -166,6 +174,11 @@ def test_a_mistyped_name_is_told_with_the_one_that_is_meant(meant, name):
     assert str(error.value) == f"{name} is no setting; did you mean {meant}?"
 
 
+def test_a_mistyped_name_is_told_in_python_too():
+    with pytest.raises(ConfigError, match=r"^depth is no setting; did you mean resnet_depth\?$"):
+        Config(depth=40)
+
+
 def test_a_name_that_is_an_experiments_setting_is_none_of_a_vaes():
     environ = {"DEPTH": "20", "VAE_DEPTH": "28", "STEPS": "3"}
     assert Transfer.from_env(environ).depth == 20
@@ -175,7 +188,7 @@ def test_a_name_that_is_an_experiments_setting_is_none_of_a_vaes():
 
 
 def test_environment_that_has_nothing_to_do_with_us_is_left_alone():
-    others = ("EDITOR", "LOGNAME", "RESULTS", "TERM", "SED", "SYSTEM", "SLEEP", "DELAY", "RUNNER_OS", "KERAS_BACKEND")
+    others = ("EDITOR", "LOGNAME", "RESULTS", "TERM", "SED", "SYSTEM", "SLEEP", "DELAY", "RUNNER_OS", "KERAS_HOME")
     Config.from_env(dict(os.environ) | {"DEPTHS": "28 40", "EPOCHS": ""} | dict.fromkeys(others, "x"))
 
 
@@ -253,6 +266,11 @@ def test_command_line_tells_mistakes_quickly(command):
         ("sample run -o nothere/x.png", "nothere: No such file or directory"),
         ("interpolate run -o file/x.png", "file: Not a directory"),
         ("reconstruct run -o x.foo", "x.foo is no name for a picture; expected one that ends in .png or .pdf"),
+        ("train --depth 40", r"--depth is no option of train; did you mean --resnet-depth\? see python -m resnet_vae"),
+        ("sample run more", "more is one argument too many; see python -m resnet_vae sample --help"),
+        ("sample .", ". is a sweep; expected one of the runs below it"),
+        ("table run", "run is a run; expected a sweep, the folder above it"),
+        ("compare run run", "run/model.keras is missing; models are not kept in git"),
     ],
 )
 def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words, told):

@@ -46,7 +46,7 @@ def test_every_combination_is_a_run_with_a_name_and_settings():
 MISTAKES = {
     "SWEEP=LATENTS LATENTS=4+8": "SWEEP names LATENTS; expected DEPTHS or settings.*did you mean LATENT_DIM?",
     "SWEEP=widht widht=1+2": "SWEEP names widht; .*did you mean WIDTH?",
-    "SWEEP=WIDTH,DEPTHS": "SWEEP names WIDTH,DEPTHS; expected DEPTHS or settings in capitals, apart by blanks",
+    "SWEEP=WIDTH,DEPTHS": "SWEEP names WIDTH,DEPTHS; expected DEPTHS or settings in capitals, separated by spaces",
     "SWEEP=A-B": "SWEEP names A-B; expected",
     "SWEEP=KERAS_BACKEND KERAS_BACKEND=jax": "SWEEP names KERAS_BACKEND; expected",
     "SWEEP=SHORTCUT": 'SWEEP names SHORTCUT, which is not set; expected a list, as SHORTCUT="a b"',
@@ -54,7 +54,7 @@ MISTAKES = {
     "RESNET_DEPTH=40": "RESNET_DEPTH is set beside DEPTHS",
     "DEPTHS=28:": "DEPTHS holds 28:; expected a depth, as 28, or one with its epochs, as 28:20",
     "DEPTHS=28+30": "resnet_depth is '30'",
-    "DEPTHS=28:1+28:2": "depth-28 comes twice",
+    "DEPTHS=28:1+28:2": "depth-28 is there twice",
     "SWEEP=WIDTH WIDTH=1+1.0": "width-1 and width-1.0 are the same run",
     "SWEEP=OUTDIR OUTDIR=a+b": "outdir-a and outdir-b are the same run",
     "WIDTH=abc": "width is 'abc'",

@@ -152,6 +152,7 @@ def draw(rows, trained):
         right.plot(kinds, [pair[kind] for kind in kinds], "o-", color="gray", alpha=0.7)
     means = [np.mean([row["loss"] for row in trained if row["tau"] == kind]) for kind in kinds]
     right.plot(kinds, means, "D-", color="tab:blue", label="mean")
-    right.set(xlabel="step τ", ylabel="test loss, nats per point", title="two spirals, one line per seed", xlim=(-0.4, 1.4))
+    right.set(xlabel="step τ", ylabel="test loss, nats per point", title="two spirals, one line per seed")
+    right.set_xlim(-0.4, 1.4)
     right.legend(frameon=False)
     return figure

@@ -22,7 +22,7 @@ KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"orde
 
 
 def _check_classifier_depth(depth):
-    expected = "expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29"
+    expected = "expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29 (a VAE's depth is another setting)"
     if depth in IMAGENET:
         raise ValueError(f"{depth} layers are a network for ImageNet, of other blocks; {expected}")
     if depth < 8 or (depth % 6 != 2 and depth % 9 != 2):
@@ -36,7 +36,7 @@ def _check_vae_depth(depth):
 
 
 def _some(kind):
-    """One or more of a kind, apart by blanks or commas."""
+    """One or more of a kind, separated by spaces or commas."""
     return Annotated[tuple[kind, ...], BeforeValidator(parse_words), Field(min_length=1)]
 
 
