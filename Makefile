@@ -47,7 +47,7 @@ bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; 
 scaling: $(VENV)/installed ## time and memory against depth, width, image size and batch, into results/scaling
 	$(RUN) $(BIN)/python benchmarks/scaling.py $(SCALING)
 
-soak: $(VENV)/installed ## a quarter of an hour of killing small runs and going on with them, into results/soak
+soak: $(VENV)/installed ## a quarter of an hour of killing small runs and continuing them, into results/soak
 	$(RUN) scripts/soak.sh
 
 lint: $(VENV)/installed-dev ## ruff on the package, the tests, the scripts and the notebooks

@@ -43,7 +43,7 @@ class ResidualBlock(layers.Layer):
         learned_step: F(x) is multiplied with a trained number that starts at 1.
         gain: initial scale of the last normalisation; at 0 the block starts as its shortcut
             (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable. With
-            order pre, 0 starts the last convolution's kernel at zero instead, and nothing else has an effect. By
+            order pre, 0 starts the last convolution's kernel at zero instead, and other values have no effect. By
             default 0, and 1 where there is no shortcut.
         momentum, epsilon: of the normalisations.
         use_bias: of the convolutions.
@@ -53,7 +53,7 @@ class ResidualBlock(layers.Layer):
     times the strides with `transpose`.
 
     Raises:
-        ValueError: a word that is none of these, a number of filters that is not 2 or 3, a kernel that is not square,
+        ValueError: an unknown shortcut or order, a number of filters that is not 2 or 3, a kernel that is not square,
             Keras's image_data_format "channels_first", or, when it is built, an identity between different shapes.
     """
 

@@ -1,6 +1,6 @@
 """What a run leaves on disk, written whole or not at all, and read back.
 
-A run's folder holds config.json, history.csv (one row an epoch), provenance.json, model.keras and, written last,
+A run's folder holds config.json, history.csv (one row per epoch), provenance.json, model.keras and, written last,
 metrics.json: a run with metrics.json is finished. Its pictures are drawn afterwards.
 """
 
@@ -115,7 +115,7 @@ def _read_history(path):
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
     if not history or not history[0].keys() >= set(needed):
-        raise RecordError(f"{path} cannot be read: expected columns {', '.join(needed)}, and a row an epoch")
+        raise RecordError(f"{path} cannot be read: expected columns {', '.join(needed)}, and one row per epoch")
     for number, row in enumerate(history, 1):
         for name, value in row.items():
             if not math.isfinite(value):

@@ -38,8 +38,8 @@ def load_run(folder):
     The network is built anew from the recorded configuration, and only weights are read from model.keras.
 
     Returns:
-        (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`; what trains it on minimises the
-        whole KL.
+        (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`; further training gives the KL its
+        full weight.
 
     Raises:
         UserError: the folder holds no finished run, or its model does not fit its configuration.

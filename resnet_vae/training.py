@@ -401,7 +401,7 @@ def train(config, data=None):
     """Train the VAE that a configuration describes and record the run.
 
     A folder that holds a finished run of the same configuration, and of the same data where they are given, is left as
-    it is; an unfinished one is gone on with. The weights kept are those of the epoch with the lowest validation loss;
+    it is; an unfinished one is continued. The weights kept are those of the epoch with the lowest validation loss;
     the test images are looked at once, with these.
 
     Args:

@@ -73,13 +73,13 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
         model: a classifier, a VAE or its encoder; its layers become the new model's, and are not copied.
         classes: number of classes.
         frozen: train the new layer only; otherwise all layers, also those that were frozen before.
-        batch_statistics: let batch normalisation use and update the batch's moments in training, as in a network
-            trained from scratch, and dropout drop. By default both do as in evaluation, also while scale and shift are
-            trained: the moving averages of a few images would spoil them.
+        batch_statistics: let batch normalisation use the batch's moments in training, and dropout be active, as in a
+            network trained from scratch. By default both work as in evaluation, also while scale and shift are trained:
+            moving averages of a few images would spoil what was learned.
 
     Returns:
-        A functional Model, not compiled. It reads what a classifier's last layer reads, or the mean of the latents.
-        Freezing holds for `model`, too, until it is adapted without.
+        A functional Model, not compiled. Its new layer reads what a classifier's last layer reads, or the mean of the
+        latents. `model` shares the other layers, so it is frozen, too, until `adapt` is called with frozen=False.
     """
     model = getattr(model, "encoder", model)
     outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input

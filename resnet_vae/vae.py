@@ -81,7 +81,7 @@ class VAE(keras.Model):
         beta: weight of the KL; the loss is a bound only at 1.
         seed: of the sampler.
         kl_warmup_steps: training steps over which the KL's weight rises from 0 to beta, in what is minimised, not in
-            what is told; so that latents come into use before the KL switches them off
+            what is printed; so that latents come into use before the KL switches them off
             (https://arxiv.org/abs/1602.02282).
 
     Raises:

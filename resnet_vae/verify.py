@@ -107,7 +107,7 @@ def _run(run):
     yield from _hashes(run.folder, run.provenance.get("files", {}))
     metrics, beta = run.metrics, run.config.beta
     if [row["epoch"] for row in run.history] != list(range(1, metrics["epochs"] + 1)):
-        yield "history.csv", f"is not a row an epoch for {metrics['epochs']} epochs"
+        yield "history.csv", f"is not one row per epoch for {metrics['epochs']} epochs"
         return
     least = min(row["val_loss"] for row in run.history)  # rounded: several epochs may have it
     best = {row["epoch"]: row for row in run.history if row["val_loss"] == least}
@@ -172,7 +172,7 @@ def differences(folder, other):
     """What differs between two finished runs, in history (but for the time it took), weights and optimizer.
 
     Returns:
-        A list of names of columns and arrays; empty for a run and the same run that was interrupted and gone on with.
+        A list of names of columns and arrays; empty for a run and the same run after interruptions.
 
     Raises:
         RecordError: a history or a model cannot be read.

@@ -124,10 +124,10 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_a_backend_that_keras_has_not_or_that_is_not_installed_is_told(monkeypatch):
-    with pytest.raises(ConfigError, match="^KERAS_BACKEND is 'pytorch'; expected one of tensorflow, jax, torch$"):
+    with pytest.raises(ConfigError, match=r"^KERAS_BACKEND is 'pytorch'; expected one of tensorflow, jax, torch$"):
         Config.from_env({"KERAS_BACKEND": "pytorch"})
     monkeypatch.setattr("resnet_vae.config.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="^KERAS_BACKEND is 'jax', which is not installed"):
+    with pytest.raises(ConfigError, match=r"^KERAS_BACKEND is 'jax', which is not installed"):
         Config.from_env({"KERAS_BACKEND": "jax"})
 
 

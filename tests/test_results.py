@@ -213,7 +213,7 @@ METRICS = "depth-28/metrics.json"
         (another_picture, "curves.png is not the figure"),
         (damaged_picture("losses_by_depth.png", 0), "losses_by_depth.png cannot be read as a picture: not a PNG file"),
         (damaged_picture("depth-28/curves.png", 2000), "curves.png cannot be read as a picture: "),
-        (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not a row an epoch for 6 epochs"),
+        (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not one row per epoch for 6 epochs"),
         (change(METRICS, '"best_epoch": 6', '"best_epoch": 9'), "has epoch 9 for the best; in history.csv it is 6"),
         (change(METRICS, '"best_epoch"', '"worst_epoch"'), "best_epoch: Field required"),
         (change(METRICS, '"hours": [^,]*', '"hours": 99'), "has 99 hours; in provenance.json it is 0.0465"),

@@ -48,8 +48,8 @@ VAEDepth = Annotated[int, AfterValidator(_check_vae_depth)]
 class Experiment(Settings):
     """What all settings of experiments have in common."""
 
-    outdir: str = Field("", description="the record's folder (none: runs/ and the experiment's name)")
-    cmdline: bool = Field(False, description="set where no person looks on")
+    outdir: str = Field("", description="the record's folder (default: runs/ and the experiment's name)")
+    cmdline: bool = Field(False, description="set where nobody is watching")
 
     @property
     def folder(self):
@@ -61,7 +61,7 @@ class Networks(Experiment):
     """Of experiments with small classifiers and VAEs."""
 
     dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
-    image_shape: Shape | None = Field(None, description="images are brought to it (none: as the data set has them)")
+    image_shape: Shape | None = Field(None, description="images are resized to it (default: as the data set has them)")
     width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
     beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
 
@@ -69,7 +69,7 @@ class Networks(Experiment):
 class Trained(Networks):
     """Of experiments that train them."""
 
-    batch_size: int = Field(64, ge=1, description="images a step")
+    batch_size: int = Field(64, ge=1, description="images per training step")
     learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
 
 
