@@ -37,6 +37,7 @@ PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "activation": "sigmoid",
     "initialization": "published",
     "norm_momentum": 0.99,
+    "norm_batches": 0,
     "objective": "published",
     "kl_warmup_steps": 0,
     "mean_l2": 0.01,
@@ -60,6 +61,7 @@ ALIASES = {  # what is no setting, and which one is meant
     "LR": "LEARNING_RATE",
 }
 BEFORE = {
+    "norm_batches": 0,
     "kl_warmup_steps": 0,
     "deterministic": False,
 }  # what was done before there was such a setting
@@ -313,6 +315,11 @@ class Config(Settings):
     )
     norm_momentum: float = Field(
         0.95, ge=0, lt=1, description="momentum of batch normalisation's moving averages, which evaluation uses"
+    )
+    norm_batches: int = Field(
+        20,
+        ge=0,
+        description="training batches whose moments validation normalises with (0: the moving averages of training)",
     )
     objective: Literal[OBJECTIVES] = Field(
         "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"

@@ -351,6 +351,9 @@ class Training(keras.callbacks.Callback):
             self.vae.fit(feed(batches), shuffle=False, verbose=0, callbacks=[self])
         if self.figures is None:
             self.figures = {name: float(value) for name, value in self.vae.get_metrics_result().items()}
+        if config.norm_batches:  # once more where a validation was interrupted: the same weights, the same batches
+            batches = Batches(data.train, config.batch_size, config.seed, len(self.rows), 0, config.augment)
+            self.vae.calibrate(feed(batches), steps=min(config.norm_batches, self.steps))
         validation = evaluate(self.vae, data.validation, config.batch_size, [self])
         if not math.isfinite(validation["loss"]):
             raise self._diverged(f"the validation loss is {validation['loss']}")

@@ -7,6 +7,7 @@ pixels, channels and latents, averages over images.
 import keras
 from keras import layers, ops
 
+from resnet_vae.blocks import Repeated
 from resnet_vae.config import DATASETS, OBJECTIVES
 from resnet_vae.networks import build_decoder, build_encoder
 from resnet_vae.normalization import PACKAGE
@@ -57,11 +58,31 @@ class Sampling(layers.Layer):
 
     def restart_evaluation(self):
         """Let the noise of evaluation begin anew, so that equal weights and images give equal figures."""
-        state = self.evaluation_noise.state
-        state.assign(ops.convert_to_tensor([self.seed + 1, 0], dtype=state.dtype))
+        _restart(self.evaluation_noise)
 
     def get_config(self):
         return {**super().get_config(), "objective": self.objective, "seed": self.seed}
+
+
+def _restart(generator):
+    """Let a seed generator begin anew."""
+    state, seed = generator.state, generator.get_config()["seed"] or 0  # one without a seed cannot tell its first
+    state.assign(ops.convert_to_tensor([seed, 0], dtype=state.dtype))
+
+
+class _Calibration(keras.Model):
+    """A VAE's encoder and decoder as in training, for the moving averages that this moves: images → a one a batch."""
+
+    def __init__(self, encoder, decoder, sampler, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_jit = worth_compiling()
+        self.encoder, self.decoder, self.sampler = encoder, decoder, sampler
+        self.moved, self.built = (), True
+
+    def call(self, images):
+        mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=True))
+        self.decoder(self.sampler(mean, log_var), training=True)
+        return ops.ones((1,))
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -100,6 +121,8 @@ class VAE(keras.Model):
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
         self.kl_metric = keras.metrics.Mean(name="kl")
         self.penalty_metric = keras.metrics.Mean(name="penalty")
+        calibration = _Calibration(encoder, decoder, self.sampler, dtype=self.dtype_policy, name="calibration")
+        self._calibration = lambda: calibration  # a function, so that Keras does not count it as a part
         self.build(getattr(encoder, "input_shape", None))
 
     def build(self, input_shape=None):
@@ -139,6 +162,40 @@ class VAE(keras.Model):
     def predict(self, *args, **kwargs):
         self.sampler.restart_evaluation()
         return super().predict(*args, **kwargs)
+
+    def calibrate(self, x, **kwargs):
+        """Set the moving averages of all normalisations to the moments of batches, with the weights as they are.
+
+        While the weights change fast, the averages that training moves are those of other weights; these are not:
+        "precise BN" of "Rethinking 'Batch' in BatchNorm" (https://arxiv.org/abs/2105.07576), section 3. The mean over
+        the batches is weighted as a moving average weights them, the last most, whatever was there before; of one with
+        momentum 0 it is the last batch. Dropout and noise begin anew and are put back: the averages are a function of
+        weights and images, and nothing else changes. Frozen normalisations are left as they are.
+
+        Args:
+            x: images, as for `predict`; at least one batch.
+            **kwargs: of `predict`, such as batch_size and steps.
+        """
+        averages = [
+            (average, layer.momentum)
+            for layer in self._flatten_layers()
+            if isinstance(layer, (layers.BatchNormalization, Repeated)) and layer.trainable
+            for average in layer.non_trainable_variables
+        ]
+        generators = [generator for layer in self._flatten_layers() for generator in layer._seed_generators]
+        states = [ops.copy(ops.convert_to_tensor(generator.state)) for generator in generators]
+        model, moved = self._calibration(), tuple(id(average) for average, _ in averages)
+        if model.moved != moved:  # what is frozen is told in the trace
+            model.moved, model.predict_function = moved, None
+        for generator in generators:
+            _restart(generator)
+        for average, _ in averages:
+            average.assign(ops.zeros(average.shape))
+        batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
+        for average, momentum in averages:
+            average.assign(average / (1 - momentum**batches))  # as Adam corrects its averages, which begin at 0, too
+        for generator, state in zip(generators, states, strict=True):
+            generator.state.assign(state)
 
     def get_config(self):
         return {

@@ -68,6 +68,7 @@ BAD = {
     "DROPOUT": "1",
     "INITIALIZATION": "zero",
     "NORM_MOMENTUM": "1",
+    "NORM_BATCHES": "-1",
     "OBJECTIVE": "vae",
     "BETA": "-1",
     "KL_WARMUP_STEPS": "-1",

@@ -24,7 +24,8 @@ from resnet_vae.optimizer import AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, feed, without_progress
+from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, evaluate, feed, without_progress
+from resnet_vae.vae import VAE
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -333,6 +334,38 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch
     with pytest.raises(TrainingError, match="validation loss is nan in epoch 1"):
         training.run()
     assert not training.rows
+
+
+def test_validation_normalises_as_the_weights_are(tmp_path, monkeypatch):
+    """At the default rate: near the loss as training has it, where the averages that lag are not; what is kept; and 0.
+
+    The averages are those of the epoch's first batches, augmented.
+    """
+    settings = {**TINY, "epochs": 1, "learning_rate": 0.012, "schedule": "constant", "augment": "shift"}
+    config = Config(**settings, norm_batches=7, cmdline=True)
+    data, calibrate, told = load_data(config), VAE.calibrate, []
+
+    def looked_at(vae, *args, **kwargs):
+        told.append(evaluate(vae, data.validation, config.batch_size)["loss"])
+        images = ops.convert_to_tensor(data.validation)
+        told.append(float(vae.compute_loss(images, y_pred=vae(images, training=True), training=False)))
+        calibrate(vae, *args, **kwargs)
+
+    monkeypatch.setattr(VAE, "calibrate", looked_at)
+    training = Training(config, data, tmp_path)
+    training.run()
+    lagging, as_in_training = told
+    assert abs(lagging - as_in_training) > 10
+    assert abs(training.rows[0]["val_loss"] - as_in_training) < 5
+    batches = Batches(data.train, config.batch_size, config.seed, 0, 0, config.augment)
+    calibrate(training.vae, np.concatenate([batches[n][0] for n in range(7)]), batch_size=config.batch_size)
+    for weight, kept in zip(training.vae.get_weights(), training.best_weights, strict=True):
+        np.testing.assert_allclose(weight, kept, rtol=1e-5, atol=1e-6)
+
+    training.config = config.replace(norm_batches=0, epochs=2)
+    training.run()
+    assert [row["epoch"] for row in training.rows] == [1, 2]
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))

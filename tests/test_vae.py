@@ -80,6 +80,98 @@ def test_the_kl_warms_up_in_what_is_minimised_and_not_in_what_is_told(images):
         assert figures["loss"] == pytest.approx(figures["reconstruction"] + figures["kl"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def deep_vae():
+    """A VAE with loops and dropout, one of whose normalisations has no momentum."""
+    keras.utils.set_random_seed(5)
+    vae = build_vae(Config(**TINY, resnet_depth=46, dropout=0.5, norm_momentum=0.8, initialization="published"))
+    vae.encoder.get_layer("stage1_block1").normalizations[0].momentum = 0.0
+    vae.compile("adam")
+    vae.optimizer.build(vae.trainable_variables)
+    vae.kl_metric.update_state(3.0)
+    for layer in (vae.encoder.get_layer("intermediate_dropout"), vae.decoder.get_layer("intermediate_dropout")):
+        layer(ops.ones((1, 4)), training=True)
+    for training in (True, False):
+        vae.sampler(ops.zeros((1, 8)), ops.zeros((1, 8)), training=training)
+    return vae
+
+
+def moving_averages(model):
+    return [weight for weight in model.weights if "moving_" in weight.path]
+
+
+def values(variables):
+    return [np.array(ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def spoil(variables):
+    for variable in variables:
+        variable.assign(RNG.normal(0, 100, variable.shape))
+
+
+def test_calibration_changes_the_moving_averages_alone_and_forgets_what_they_were(deep_vae, images):
+    moving = moving_averages(deep_vae)
+    others = [*deep_vae.variables, *deep_vae.optimizer.variables, *deep_vae.metrics_variables]
+    others = [variable for variable in others if not any(variable is average for average in moving)]
+    assert {"iteration", "trained_steps", "total", "seed_generator_state"} <= {variable.name for variable in others}
+    before, results = values(others), []
+    for _ in range(2):
+        spoil(moving)
+        deep_vae.calibrate(images, batch_size=16)
+        results.append(values(moving))
+        for one, other in zip(values(others), before, strict=True):
+            np.testing.assert_array_equal(one, other)
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(deep_vae.get_weights()) == len(keras.models.clone_model(deep_vae).get_weights())
+
+
+def test_calibrated_averages_are_the_batches_moments(deep_vae, images):
+    """Of 1×1 convolutions in a block and in a loop, three batches: the moments in float64 NumPy."""
+    block, loop = (deep_vae.encoder.get_layer(name) for name in ("stage1_block1", "stage3_blocks"))
+    assert isinstance(loop, Repeated)
+    before, first = keras.Model(deep_vae.encoder.input, loop.input), loop.split()[0]
+
+    def moments(x, kernel, bias):
+        y = to_numpy(x) @ to_numpy(kernel)[..., 0, 0, :, :] + to_numpy(bias)
+        return y.mean((0, 1, 2)), y.var((0, 1, 2))
+
+    stacks = {stack.path.split("/")[-1]: stack for stack in loop.stacks}
+    batches = []
+    for batch in np.split(images / np.float32(255), 3):
+        inputs = [before(batch, training=True)]
+        inputs.append(first(inputs[0], training=True))
+        of_loop = [moments(x, stacks["conv1_kernel"][n], stacks["conv1_bias"][n]) for n, x in enumerate(inputs)]
+        of_block = [moments(batch, layer.kernel, layer.bias) for layer in (block.convolutions[0], block.shortcut)]
+        batches.append([*of_block, *of_loop])
+
+    spoil(moving_averages(deep_vae))
+    deep_vae.calibrate(images, batch_size=16)
+    got = [(layer.moving_mean, layer.moving_variance) for layer in (block.normalizations[0], block.shortcut_bn)]
+    got += [(stacks["bn1_moving_mean"][n], stacks["bn1_moving_variance"][n]) for n in range(2)]
+    for number, (momentum, averages) in enumerate(zip((0.0, 0.8, 0.8, 0.8), got, strict=True)):
+        weights = momentum ** np.arange(2, -1, -1)
+        for part, average in enumerate(averages):
+            expected = (weights / weights.sum()) @ np.stack([batch[number][part] for batch in batches])
+            np.testing.assert_allclose(to_numpy(average), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_leaves_frozen_normalisations_alone(deep_vae, images):
+    """Also where it was calibrated before they were frozen."""
+    deep_vae.calibrate(images, batch_size=16)
+    moving, frozen = moving_averages(deep_vae), []
+    spoil(moving)
+    before = values(moving)
+    for name in ("stage1_block1", "stage3_blocks"):
+        layer = deep_vae.encoder.get_layer(name)
+        frozen += [weight.path for weight in moving_averages(layer)]
+        layer.trainable = False
+    deep_vae.calibrate(images, batch_size=16)
+    deep_vae.trainable = True
+    kept = [np.array_equal(one, other) for one, other in zip(values(moving), before, strict=True)]
+    assert [average.path for average, same in zip(moving, kept, strict=True) if same] == frozen
+
+
 def test_entropy_floor_is_the_score_of_a_perfect_reconstruction():
     images = RNG.integers(0, 256, (7, 8, 8, 3), "uint8")
     levels = images / 255
