@@ -26,6 +26,7 @@ _WITH_KERAS = (
     "vae",
     "networks",
     "blocks",
+    "loop",
     "normalization",
 )  # the first imports the others
 __all__ = ["Config", "adapt", "build_classifier", "build_vae", "load_data", "load_run", "take_over", "train"]

@@ -84,6 +84,11 @@ class ResidualBlock(layers.Layer):
                 f"{shortcut!r}, order {order!r}; expected 2 or 3 numbers of filters, one side of the kernel, 1 or 2 "
                 f"strides, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
             )
+        if shortcut == "identity" and set(strides) != {1}:
+            raise ValueError(
+                f"block {self.name!r}: strides {strides} change the size, which the shortcut 'identity' cannot; use "
+                "conv_block, whose shortcut is a projection"
+            )
         if keras.config.image_data_format() != "channels_last":
             raise ValueError(
                 f"block {self.name!r}: Keras's image_data_format is {keras.config.image_data_format()!r}; the blocks "

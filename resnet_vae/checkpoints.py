@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_vae.records import RecordError
+from resnet_vae.records import RecordError, sync
 
 FORMAT = b"resnet_vae checkpoint 1\n"
 NAMES = ("checkpoint", "checkpoint-before", "partial-checkpoint")  # the newest, the one before, one being written
@@ -64,20 +64,12 @@ def save(folder, values, arrays):
         if newest.exists():
             os.replace(newest, before)
         os.replace(partial, newest)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as error:
         raise RecordError(
             f"{newest} cannot be written: {error.strerror}; the checkpoint before it, if any, is intact: the same "
             "command goes on from there"
         ) from None
-
-
-def _sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(folder):

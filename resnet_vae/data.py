@@ -101,6 +101,7 @@ def load_data(config):
         for part in parts:
             part.images = _resize(part.images, shape)
     _check(name, train.images, "training")
+    digest = _fingerprint(train, test)
     if test is None:
         train, test = _hold_out(name, train, len(train.images) // 10, config.seed)
     _check(name, test.images, "test")
@@ -109,15 +110,20 @@ def load_data(config):
             f"{name}: training images are {train.images.shape[1:]} and test images {test.images.shape[1:]}; set "
             "IMAGE_SHAPE"
         )
-    digest = hashlib.sha256(repr((train.images.shape, test.images.shape)).encode())
-    for part in (train, test):
-        digest.update(np.ascontiguousarray(part.images).data)
     validation = test
     if config.validation == "holdout":
         train, validation = _hold_out(name, train, min(HELD_OUT, len(train.images) // 10), config.seed)
     parts = (train, validation, test)
     labels = None if no_labels else tuple(part.labels for part in parts)
-    return Data(Path(name).name, *(part.images for part in parts), digest.hexdigest(), labels, classes, no_labels)
+    return Data(Path(name).name, *(part.images for part in parts), digest, labels, classes, no_labels)
+
+
+def _fingerprint(*parts):
+    parts = [part.images for part in parts if part is not None]
+    digest = hashlib.sha256(repr(tuple(images.shape for images in parts)).encode())
+    for images in parts:
+        digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
 
 
 def check_dataset(dataset, setting="DATASET"):
@@ -152,7 +158,8 @@ def entropy_floor(images):
     level = np.arange(1, 255) / 255
     entropy = np.zeros(256)
     entropy[1:255] = -level * np.log(level) - (1 - level) * np.log1p(-level)
-    return float(np.bincount(images.ravel(), minlength=256) @ entropy / len(images))
+    parts = (images[start : start + 1000] for start in range(0, len(images), 1000))  # counting copies them to int64
+    return float(sum(np.bincount(part.ravel(), minlength=256) for part in parts) @ entropy / len(images))
 
 
 SHIFT = 4  # pixels, at most, in each direction
@@ -300,7 +307,7 @@ def _class_numbers(name, parts):
                 f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected a whole number for each of "
                 f"{len(part.images)} images"
             )
-        given.append(labels)
+        given.append(labels if labels.dtype.kind == "U" else labels.astype("int64"))  # -1 is no unsigned number
     first = given[0]
     if first.dtype.kind == "U":  # names
         classes, strange = tuple(np.unique(first).tolist()), sorted(set(given[-1]) - set(first))
@@ -308,17 +315,25 @@ def _class_numbers(name, parts):
             raise DataError(f"{name}: class {str(strange[0])!r} has test images and no training images")
         return [np.searchsorted(classes, labels) for labels in given], classes
     count = int(first.max(initial=-1)) + 1
-    low, high = (int(function(np.concatenate(given))) for function in (np.min, np.max))
+    low, high = int(np.concatenate(given).min(initial=0)), int(np.concatenate(given).max(initial=-1))
     if low < 0 or high >= count:
         raise DataError(f"{name}: labels run from {low} to {high}, training labels to {count - 1}; expected 0, 1, 2, …")
     missing = count - len(np.unique(first))
     if missing:
         raise DataError(f"{name}: training labels run to {count - 1}, but {missing} of these classes have no images")
-    return [labels.astype("int64") for labels in given], tuple(map(str, range(count)))
+    return given, tuple(map(str, range(count)))
 
 
 def _path(path, shape):
     return _folder(path, shape) if path.is_dir() else _npz(path)
+
+
+ARRAYS = {  # usual names in an .npz file
+    "train": ("x_train", "xtr", "train", "train_images", "images", "x", "arr_0"),
+    "test": ("x_test", "xte", "test", "test_images"),
+    "train labels": ("y_train", "ytr", "train_labels", "labels", "y"),
+    "test labels": ("y_test", "yte", "test_labels"),
+}
 
 
 def _npz(path):
@@ -328,20 +343,14 @@ def _npz(path):
             size = sum(member.file_size for member in archive.infolist())
         _check_memory("its arrays", size, "save fewer or smaller ones")
         with np.load(path, allow_pickle=False) as arrays:
-            found = {
-                role: arrays[name]
-                for role, names in {
-                    "train": ("x_train", "xtr", "train", "train_images", "images", "x", "arr_0"),
-                    "test": ("x_test", "xte", "test", "test_images"),
-                    "train labels": ("y_train", "ytr", "train_labels", "labels", "y"),
-                    "test labels": ("y_test", "yte", "test_labels"),
-                }.items()
-                for name in names
-                if name in arrays.files
-            }
             names = arrays.files
+            known = {role: [name for name in usual if name in names] for role, usual in ARRAYS.items()}
+            found = {role: arrays[those[0]] for role, those in known.items() if those}
     except Exception as error:  # zipfile, zlib and NumPy each raise their own on a broken file
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
+    for role, those in known.items():
+        if len(those) > 1:
+            raise DataError(f"{path} has arrays {' and '.join(those)}; expected one of {role}, to know which is meant")
     if "train" not in found:
         raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
     return tuple(

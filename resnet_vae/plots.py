@@ -1,5 +1,6 @@
 """Pictures of runs: curves, grids of images, and the figures of a sweep."""
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.records import PICTURES, whole
-from resnet_vae.results import POST, swept, told
+from resnet_vae.results import POST, SHOWN, swept, told
 
 SAMPLES_SEED = 0
 
@@ -172,7 +173,7 @@ def losses_by_depth(runs):
 
 
 def _is_cifar10(run):
-    return "cifar10" in run.provenance["data"]["name"].lower().replace("-", "")
+    return bool(re.search("cifar10(?!0)", run.provenance["data"]["name"].lower().replace("-", "")))
 
 
 def _finish(figure, validation, training):
@@ -187,7 +188,8 @@ def _finish(figure, validation, training):
 
 def _swept(run, runs):
     """The run's values of what was swept, as "shortcut none"."""
-    return [f"{name.replace('_', ' ')} {told(run.config.recipe()[name])}" for name in swept(runs)]
+    names = swept(runs, SHOWN - {"width"})
+    return [f"{name.replace('_', ' ')} {told(run.config.recipe()[name])}" for name in names]
 
 
 def describe(run):

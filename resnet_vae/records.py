@@ -83,7 +83,7 @@ def read_run(folder):
         UserError: a file is missing, cannot be read or lacks something.
     """
     folder = Path(folder)
-    if any(folder.glob("*/metrics.json")):
+    if not (folder / "config.json").exists() and any(folder.glob("*/metrics.json")):
         raise RecordError(f"{folder} is a sweep; expected one of the runs below it")
     config = _read_config(folder)
     metrics, provenance = _read(folder / "metrics.json", _Metrics), _read(folder / "provenance.json", _Provenance)
@@ -251,10 +251,29 @@ def write_text(path, text):
 
 @contextmanager
 def whole(path):
-    """The path to write a file at that is to be there whole or not at all; in the end it is moved to its own."""
-    partial = path.with_name(f"partial-{path.name}")
-    yield partial
-    os.replace(partial, path)
+    """The path to write a file at that is to be there whole or not at all; in the end it is moved to its own.
+
+    What is there afterwards outlasts a power cut. Two processes may write the same file: the last one's stays.
+    """
+    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except BaseException:
+        if partial.is_file():
+            partial.unlink()
+        raise
+
+
+def sync(path):
+    """Have what was written to a file, or to a folder's list of files, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path):

@@ -102,10 +102,10 @@ def evaluate_run(folder, dataset):
 SHOWN = {"resnet_depth", "objective", "beta", "width", "epochs"}  # settings with columns of their own
 
 
-def swept(runs):
-    """The names of the settings, beyond those always shown, in which the runs of a sweep differ."""
+def swept(runs, shown=SHOWN):
+    """The names of the settings, beyond those that are shown anyway, in which the runs of a sweep differ."""
     recipes = [run.config.recipe() for run in runs]
-    return [name for name in recipes[0] if name not in SHOWN and any(r[name] != recipes[0][name] for r in recipes)]
+    return [name for name in recipes[0] if name not in shown and any(r[name] != recipes[0][name] for r in recipes)]
 
 
 def told(value):

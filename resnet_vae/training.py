@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def feed(batches):
         return batches
     import tensorflow as tf
 
+    source = weakref.ref(batches)  # TensorFlow keeps the function for as long as the process lives
+
     def generate():
+        batches = source()
         for index in range(len(batches)):
             yield batches[index]
 
@@ -114,7 +118,9 @@ def feed(batches):
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
     options = tf.data.Options()
     options.autotune.enabled = False
-    return dataset.with_options(options)
+    dataset = dataset.with_options(options)
+    dataset.batches = batches  # they live as long as the data set
+    return dataset
 
 
 def without_progress(losses, patience, min_delta=0.0):
@@ -385,7 +391,7 @@ class Training(keras.callbacks.Callback):
 def identity(config, data):
     """What must be equal for a checkpoint to be gone on from: recipe, data, code, libraries, precision."""
     code = hashlib.sha256()
-    for name in ("normalization", "loop", "blocks", "networks", "vae", "optimizer", "training"):
+    for name in ("config", "data", "normalization", "loop", "blocks", "networks", "vae", "optimizer", "training"):
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     backend = keras.backend.backend()
     versions = environment(backend, [])["versions"]
@@ -452,6 +458,8 @@ def _train(config, data, folder):
         be_deterministic()
     print(config.describe())
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
+    for path in folder.glob("partial-*-*"):  # of a process that was killed
+        path.unlink()
     training = Training(config, data, folder)
     write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
     if training.sessions > 1:

@@ -187,15 +187,22 @@ class VAE(keras.Model):
         model, moved = self._calibration(), tuple(id(average) for average, _ in averages)
         if model.moved != moved:  # what is frozen is told in the trace
             model.moved, model.predict_function = moved, None
-        for generator in generators:
-            _restart(generator)
-        for average, _ in averages:
-            average.assign(ops.zeros(average.shape))
-        batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
-        for average, momentum in averages:
-            average.assign(average / (1 - momentum**batches))  # as Adam corrects its averages, which begin at 0, too
-        for generator, state in zip(generators, states, strict=True):
-            generator.state.assign(state)
+        former = [ops.copy(ops.convert_to_tensor(average)) for average, _ in averages]
+        try:
+            for generator in generators:
+                _restart(generator)
+            for average, _ in averages:
+                average.assign(ops.zeros(average.shape))
+            batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
+            for average, momentum in averages:
+                average.assign(average / (1 - momentum**batches))  # as Adam corrects its averages, which begin at 0
+        except BaseException:
+            for (average, _), value in zip(averages, former, strict=True):
+                average.assign(value)
+            raise
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.state.assign(state)
 
     def get_config(self):
         return {

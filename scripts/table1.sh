@@ -3,9 +3,10 @@
 #
 # Trains the four depths on CIFAR-10, with the test images for validation as in the post, and makes the table. Where
 # there is an NVIDIA GPU: at full width, under the post's objective, with epochs meant for half an hour (not measured
-# yet). Elsewhere: at a quarter of the width, under both objectives, with epochs for 100 minutes a run on two cores.
-# What is set beforehand stays as it is; DATASET=data/cifar10 and EVALUATE=data/other.npz, for instance. It is run_all.sh
-# with these settings: it runs unattended, and after an interruption the same command goes on.
+# yet), on JAX if it can use the GPU, else on TensorFlow. Elsewhere: at a quarter of the width, under both objectives,
+# with epochs for 100 minutes a run on two cores. What is set beforehand stays as it is, but for SWEEP:
+# DATASET=data/cifar10 and EVALUATE=data/other.npz, for instance. It is run_all.sh with these settings: it runs
+# unattended, and after an interruption the same command goes on.
 set -euo pipefail
 
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,10 +14,22 @@ scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 check_arguments 1 "$@"
 folder=${1:-runs/table1}
 export RUNNER=${RUNNER:-command} DATASET=${DATASET:-cifar10} VALIDATION=${VALIDATION:-test} SWEEP="OBJECTIVE DEPTHS"
+sees_gpu() { "${PYTHON:-python}" -c "$1" > /dev/null 2>&1; }
 if nvidia-smi -L > /dev/null 2>&1; then
+  if [ -z "${KERAS_BACKEND:-}" ]; then
+    if sees_gpu 'import jax; jax.devices("gpu")'; then
+      export KERAS_BACKEND=jax
+    elif sees_gpu 'import sys, tensorflow; sys.exit(not tensorflow.config.list_physical_devices("GPU"))'; then
+      export KERAS_BACKEND=tensorflow
+    else
+      echo "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one of them with its" \
+        "CUDA libraries (README, Installing), or KERAS_BACKEND set" >&2
+      exit 2
+    fi
+  fi
   export WIDTH=${WIDTH:-1} BATCH_SIZE=${BATCH_SIZE:-256} OBJECTIVE=${OBJECTIVE:-published}
   export DEPTHS=${DEPTHS:-28:60 40:50 70:40 100:30}
-  export KERAS_BACKEND=${KERAS_BACKEND:-jax} XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
+  export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled} # interrupted, it compiles once
   export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}
 else

@@ -96,6 +96,32 @@ def test_labels_go_with_their_images(tmp_path):
             assert part[:, 0, 0, 0].tolist() == labels.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64", "int64"])
+def test_labels_are_whole_numbers_of_any_kind(tmp_path, monkeypatch, dtype):
+    """Keras's CIFAR-10 has uint8."""
+    images, labels = pictures(20, 8, 8, 3), (np.arange(20) % 3).astype(dtype)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=labels)
+    data = labelled(load(tmp_path / "a.npz"))
+    assert data.classes == ("0", "1", "2")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: ((images, labels[:, None]),) * 2)
+    data = labelled(load("cifar10", validation="test"))
+    np.testing.assert_array_equal(data.labels[0], labels)
+
+
+def test_arrays_of_which_either_could_be_meant(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=pictures(20, 8, 8), images=pictures(30, 8, 8))
+    with pytest.raises(DataError, match="arrays x_train and images; expected one of train, to know which is meant"):
+        load(tmp_path / "a.npz")
+
+
+def test_the_fingerprint_is_of_all_images_whatever_the_seed(tmp_path):
+    np.savez(tmp_path / "a.npz", images=pictures(30, 8, 8))
+    first, second = (load(tmp_path / "a.npz", seed=seed) for seed in (0, 1))
+    assert (first.test != second.test).any()
+    assert first.fingerprint == second.fingerprint
+
+
 @pytest.mark.parametrize(
     ("labels", "told"),
     [

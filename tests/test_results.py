@@ -13,7 +13,7 @@ import pytest
 from resnet_vae import Config
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
-from resnet_vae.records import FIGURES, Run, read_sweep
+from resnet_vae.records import FIGURES, Run, read_sweep, whole
 from resnet_vae.results import table_rows, write_table
 from resnet_vae.verify import verify
 
@@ -155,10 +155,35 @@ def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
 def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeypatch):
     from resnet_vae.__main__ import main
 
-    (sweep / "partial-table.md").mkdir()
+    partial = sweep / f"partial-{os.getpid()}-table.md"
+    partial.mkdir()
     monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
     assert main() == 2
-    assert capsys.readouterr().err == f"error: {sweep}/partial-table.md: Is a directory\n"
+    assert capsys.readouterr().err == f"error: {partial}: Is a directory\n"
+
+
+def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("resnet_vae.records.sync", synced.append)
+    with whole(tmp_path / "a") as partial:
+        partial.write_text("new")
+    assert synced == [partial, tmp_path]
+    with pytest.raises(TypeError), whole(tmp_path / "a") as partial:
+        partial.write_text(partial.write_text("half"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tmp_path):
+    for number, (name, width, depth) in enumerate((w, x, d) for w in ["cifar100"] for x in (0.5, 1) for d in (28, 40)):
+        write_run(tmp_path / "sweep" / str(number), depth, 1800.0, name, width=width, objective="published")
+    write_run(tmp_path / "other" / "a", 28, 1800.0, "cifar10-jpeg", objective="published")
+    labels = []
+    for sweep in ("sweep", "other"):
+        (axes,) = of_sweep(read_sweep(tmp_path / sweep))["losses_by_depth"].axes
+        labels.append([text for text in axes.get_legend_handles_labels()[1] if text not in ("validation", "training")])
+    meaning = "the post's objective: no bound"
+    assert labels == [[f"{meaning}, width 0.5", f"{meaning}, width 1.0"], [meaning, "the post's own figures"]]
 
 
 def test_no_runs_is_told(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import gc
 import io
 import json
 import os
@@ -18,13 +19,14 @@ from keras import ops
 from matplotlib.image import imread
 
 from resnet_vae import Config, build_vae, load_data, load_run, train
+from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import PLATEAU, Batches, Training, TrainingError, evaluate, feed, without_progress
+from resnet_vae.training import COLUMNS, PLATEAU, Batches, Training, TrainingError, evaluate, feed, without_progress
 from resnet_vae.vae import VAE
 
 
@@ -366,6 +368,43 @@ def test_validation_normalises_as_the_weights_are(tmp_path, monkeypatch):
     training.run()
     assert [row["epoch"] for row in training.rows] == [1, 2]
     assert len(told) == 2
+
+
+def test_what_is_configured_is_what_is_trained():
+    given = {"weight_decay": 0.03, "adam_beta_2": 0.9, "clip_norm": 7.0, "decay": 0.5, "learning_rate": 0.25}
+    config = Config(
+        **{**TINY, **given}, schedule="constant", norm_momentum=0.6, activation="elu", dropout=0.25, resnet_depth=40
+    )
+    vae = build_vae(config)
+    compile_vae(vae, config, 10)
+    optimizer = vae.optimizer
+    assert (optimizer.decoupled_decay, optimizer.beta_2, optimizer.global_clipnorm, optimizer.decay) == (
+        *(given[name] for name in ("weight_decay", "adam_beta_2", "clip_norm", "decay")),
+    )
+    assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(0.25)
+    every = [layer for layer in vae._flatten_layers() if hasattr(layer, "momentum")]
+    assert len(every) > 20
+    assert {layer.momentum for layer in every if not isinstance(layer, ResidualBlock)} == {0.6}
+    for model in (vae.encoder, vae.decoder):
+        assert model.get_layer("intermediate_activation").activation is keras.activations.elu
+        assert model.get_layer("intermediate_dropout").rate == 0.25
+
+
+def test_the_plateau_halves_the_rate(tmp_path):
+    config = Config(**{**TINY, "epochs": 30, "schedule": "plateau", "learning_rate": 0.25}, cmdline=True)
+    training = Training(config, load_data(config), tmp_path)
+    training.rows = [{**dict.fromkeys(COLUMNS, 1.0), "val_loss": 1.0} for _ in range(26)]
+    training.step = training.steps - 1
+    training._run_epoch()
+    assert training.rows[-1]["learning_rate"] == pytest.approx(0.125)
+
+
+def test_images_that_were_trained_on_do_not_stay_in_memory(tmp_path):
+    config = Config(**TINY, cmdline=True)
+    training = Training(config, load_data(config), tmp_path)
+    training.run()
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Batches)]
 
 
 @pytest.mark.parametrize("seed", range(5))

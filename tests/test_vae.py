@@ -156,6 +156,15 @@ def test_calibrated_averages_are_the_batches_moments(deep_vae, images):
             np.testing.assert_allclose(to_numpy(average), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_calibration_that_fails_changes_nothing(deep_vae, images):
+    before = values(deep_vae.variables)
+    for unusable in (images[:0], images[:, :1]):
+        with pytest.raises((ValueError, UnboundLocalError, TypeError)):
+            deep_vae.calibrate(unusable, batch_size=16)
+        for one, other in zip(values(deep_vae.variables), before, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_calibration_leaves_frozen_normalisations_alone(deep_vae, images):
     """Also where it was calibrated before they were frozen."""
     deep_vae.calibrate(images, batch_size=16)

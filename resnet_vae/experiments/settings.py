@@ -69,7 +69,7 @@ class Networks(Experiment):
 class Trained(Networks):
     """Of experiments that train them."""
 
-    batch_size: int = Field(64, ge=1, description="images per training step")
+    batch_size: int = Field(64, ge=2, description="images per training step")
     learning_rate: float = Field(0.003, gt=0, description="of Adam, constant")
 
 
