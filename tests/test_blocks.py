@@ -408,6 +408,8 @@ def test_shapes_and_the_wrong_channels():
             identity_block(image, **{"filters": (2, 2, 6), **options})
     with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
         identity_block(image, 3, (2, 2, 7))
+    with pytest.raises(ValueError, match=r"strides \(2, 2\) change the size, which the shortcut 'identity' cannot"):
+        identity_block(image, 3, (2, 2, 6), strides=2)
 
 
 def test_the_other_order_of_axes_is_refused():
