@@ -84,17 +84,17 @@ class ResidualBlock(layers.Layer):
                 f"{shortcut!r}, order {order!r}; expected 2 or 3 numbers of filters, one side of the kernel, 1 or 2 "
                 f"strides, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
             )
-        if shortcut == "identity" and set(strides) != {1}:
-            raise ValueError(
-                f"block {self.name!r}: strides {strides} change the size, which the shortcut 'identity' cannot; use "
-                "conv_block, whose shortcut is a projection"
-            )
         if keras.config.image_data_format() != "channels_last":
             raise ValueError(
                 f"block {self.name!r}: Keras's image_data_format is {keras.config.image_data_format()!r}; the blocks "
                 "need 'channels_last': keras.config.set_image_data_format('channels_last')"
             )
         kernel_size, strides = sides[0], strides * (2 // len(strides))
+        if shortcut == "identity" and set(strides) != {1}:
+            raise ValueError(
+                f"block {self.name!r}: strides {strides} change the size, which the shortcut 'identity' cannot; use "
+                "conv_block, whose shortcut is a projection"
+            )
         self.filters, self.kernel_size, self.strides = filters, kernel_size, strides
         self.transpose, self.shortcut_kind, self.order, self.learned_step = transpose, shortcut, order, learned_step
         gain = float(shortcut == "none") if gain is None else gain
