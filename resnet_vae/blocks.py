@@ -402,7 +402,9 @@ class Repeated(layers.Layer):
 
         def initialize(shape, dtype=None):
             if weight.name == "kernel":  # the others start as constants
-                return ops.stack([kernels[owner].clone()(shape[1:], dtype) for _ in range(self.count)])
+                kernel = kernels[owner]
+                anew = kernel.clone if isinstance(kernel, keras.initializers.Initializer) else lambda: kernel
+                return ops.stack([anew()(shape[1:], dtype) for _ in range(self.count)])
             return ops.concatenate([weight[None]] * self.count)
 
         return self.add_weight(

@@ -15,10 +15,8 @@ from resnet_vae.experiments.chain import random_chain
 from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled
 from resnet_vae.experiments.record import write_experiment
 from resnet_vae.experiments.settings import NETWORKS
-from resnet_vae.normalization import PACKAGE
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
 class GradientProbe(keras.optimizers.Optimizer):
     """An optimizer that changes nothing and keeps the last gradients, on every backend: `gradient_of(variable)`."""
 
@@ -39,11 +37,7 @@ class GradientProbe(keras.optimizers.Optimizer):
 
 
 def kernel_gradients(model, probe):
-    """Norm of the gradient by each convolution on the main path of the blocks, from the image on.
-
-    Returns:
-        A list of rows: the part of the network, the number of the layer, the norm.
-    """
+    """Gradient norms of the convolutions on the main path of the blocks, from the image on: a list of floats."""
     parts = [model.encoder, model.decoder] if hasattr(model, "encoder") else [model]
     rows = []
     for layer in (layer for part in parts for layer in part.layers):
