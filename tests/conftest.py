@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -38,6 +39,13 @@ def clean_environment(monkeypatch):
     """No setting of the caller's environment reaches a test."""
     for name in (*map(str.upper, Config.model_fields), *Config.also):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """A test's networks start the same every time, whatever ran before it."""
+    if keras := sys.modules.get("keras"):
+        keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="session")
