@@ -309,7 +309,6 @@ class Training(keras.callbacks.Callback):
         Raises:
             DivergenceError: a loss or a weight is not finite.
             InterruptedTrainingError: SIGINT or SIGTERM came; the checkpoint is written.
-            TrainingError: out of memory.
         """
         handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -325,13 +324,6 @@ class Training(keras.callbacks.Callback):
                 self._run_epoch()
             if self.saved != self._position():
                 self.save()
-        except Exception as error:
-            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-                raise TrainingError(
-                    f"out of memory in epoch {len(self.rows) + 1}; lower BATCH_SIZE ({self.config.batch_size}) or "
-                    "WIDTH, or set REMAT=1"
-                ) from None
-            raise
         finally:
             if self.bar is not None:
                 self.bar.close()
@@ -422,7 +414,8 @@ def train(config, data=None):
 
     Raises:
         UserError: data that cannot be had; a folder of another configuration, other data or another process, or that
-            cannot be written; a checkpoint that is damaged; a loss that is no longer a number; a signal to stop.
+            cannot be written; a checkpoint that is damaged; a loss that is no longer a number; too little memory; a
+            signal to stop.
     """
     folder = config.folder
     if is_finished(config, data):
@@ -441,6 +434,12 @@ def train(config, data=None):
     except OSError as error:
         raise RecordError(
             f"{error.filename or folder} cannot be written: {error.strerror}; choose another OUTDIR, or make room"
+        ) from None
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")):
+            raise
+        raise TrainingError(
+            f"out of memory; lower BATCH_SIZE ({config.batch_size}) or WIDTH ({config.width:g}), or set REMAT=1"
         ) from None
     return folder
 

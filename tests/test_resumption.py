@@ -111,6 +111,18 @@ def test_a_killed_and_terminated_training_is_the_undisturbed_one(finished_run, t
     assert any("encoder" in name for name in differing)
 
 
+def test_a_killed_training_with_loops_is_the_undisturbed_one(tmp_path):
+    """As above, with what the small networks lack: blocks in loops, dropout, changes to images, calibration."""
+    settings = {"resnet_depth": 46, "dropout": 0.5, "augment": "shift", "order": "pre", "remat": 1, "epochs": 2}
+    done = train_in_a_process(tmp_path / "run", KILLED_INSIDE_THE_40TH_SAVE, **settings)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for run in ("run", "undisturbed"):
+        done = train_in_a_process(tmp_path / run, **settings)
+        assert done.returncode == 0, done.stderr
+        assert ("going on in epoch 2, after step" in done.stdout) == (run == "run")
+    assert differences(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
 SAVER = """
 import sys, numpy as np
 from resnet_vae import checkpoints
@@ -207,16 +219,22 @@ def test_a_folder_that_another_process_trains_in(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize("place", ["__init__", "_run_epoch"])
 @pytest.mark.parametrize(
-    ("error", "told"), [(MemoryError(), "out of memory"), (OSError(28, "No space left"), "No space")]
+    ("error", "told"),
+    [
+        (MemoryError(), r"out of memory; lower BATCH_SIZE \(64\) or WIDTH \(0.0625\)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), "out of memory"),
+        (OSError(28, "No space left"), "No space"),
+    ],
 )
-def test_memory_and_disk_that_run_out_are_told_in_a_line(tmp_path, monkeypatch, error, told):
+def test_memory_and_disk_that_run_out_are_told_in_a_line(tmp_path, monkeypatch, error, told, place):
     from resnet_vae import train, training
 
-    def fail(self):
+    def fail(self, *_):
         raise error
 
-    monkeypatch.setattr(training.Training, "_run_epoch", fail)
+    monkeypatch.setattr(training.Training, place, fail)
     config = Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)
     with pytest.raises(UserError, match=told):
         train(config)
