@@ -79,8 +79,8 @@ def evaluate_run(folder, dataset):
         dataset: as `Config.dataset`.
 
     Returns:
-        A dict: the data's name, number of images and fingerprint, their entropy floor, and the objective's figures.
-        It is also written to evaluation-NAME.json in the run's folder.
+        A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, and the
+        objective's figures. It is also written to evaluation-NAME.json in the run's folder.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
@@ -88,6 +88,7 @@ def evaluate_run(folder, dataset):
 
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
     result = {
+        "dataset": dataset,
         "data": data.name,
         "fingerprint": data.fingerprint,
         "loss_is": run.config.loss_meaning,

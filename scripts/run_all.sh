@@ -34,10 +34,9 @@ fi
 
 failed=()
 evaluate() { # a finished run, once
-  local name=${EVALUATE:-}
-  [ -z "$name" ] && return
-  name=${name%/} name=${name##*/}
-  [ -f "$1/evaluation-${name%.*}.json" ] || "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
+  [ -z "${EVALUATE:-}" ] && return
+  grep -qsF "\"dataset\": \"$EVALUATE\"" "$1"/evaluation-*.json && return
+  "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
 }
 
 mapfile -t runs <<< "$runs"

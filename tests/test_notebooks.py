@@ -126,17 +126,21 @@ def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
 
 @once("the same sweep on every backend, whose parts are tested on each")
 def test_table1_in_one_command(tmp_path):
-    """The script of the post's table, tiny: it trains, evaluates on other images, makes the table, and goes on."""
+    """The script of the post's table, tiny: it trains, evaluates on other images, makes the table, and goes on.
+
+    The second time the other images are in another file of the same name.
+    """
     rng = np.random.default_rng(0)
-    for name in ("train", "other"):
-        parts = {part: rng.integers(0, 256, (32, 8, 8, 3), "uint8") for part in ("x_train", "x_test")}
+    (tmp_path / "more").mkdir()
+    for name, count in (("train", 32), ("other", 32), ("more/other", 16)):
+        parts = {part: rng.integers(0, 256, (count, 8, 8, 3), "uint8") for part in ("x_train", "x_test")}
         np.savez(tmp_path / f"{name}.npz", **parts)
-    settings = {"dataset": "train.npz", "evaluate": "other.npz", "depths": "28:1", "batch_size": 16}
-    for objective in ("published", "published elbo"):  # as if stopped after the first run
+    settings = {"dataset": "train.npz", "depths": "28:1", "batch_size": 16}
+    for objective, other in (("published", "other"), ("published elbo", "more/other")):  # as if stopped after a run
         done = subprocess.run(
             [HOME / "scripts" / "table1.sh", "table"],
             cwd=tmp_path,
-            env=environment(objective=objective, **settings),
+            env=environment(objective=objective, evaluate=f"{other}.npz", **settings),
             capture_output=True,
             text=True,
             check=False,
@@ -149,7 +153,7 @@ def test_table1_in_one_command(tmp_path):
         assert f"| {run.name} |" in done.stdout
         assert json.loads((run / "config.json").read_text())["values"]["validation"] == "test"
         evaluation = json.loads((run / "evaluation-other.json").read_text())
-        assert (evaluation["images"], evaluation["loss"] > 0) == (32, True)
+        assert (evaluation["images"], evaluation["loss"] > 0) == (16, True)
     assert "| the post's | 100 | published |" in done.stdout
     assert verify(tmp_path / "table") == []
 
