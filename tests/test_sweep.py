@@ -108,3 +108,38 @@ def test_scripts_tell_what_they_do_and_take_no_option_for_a_folder(tmp_path, scr
             assert not [line for line in rest if line.startswith(("#", "set -"))]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("sees", "given", "told"),
+    [
+        ("jax", {}, "jax 1 256 published 28:60 40:50 70:40 100:30 false"),
+        ("tensorflow", {}, "tensorflow 1 256 published 28:60 40:50 70:40 100:30 false"),
+        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 256 elbo 28:60"),
+        ("nothing", {}, "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one"),
+    ],
+)
+def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, told):
+    """With stand-ins for what tells of a GPU and for Python, which writes what it is asked to train."""
+    stand_ins = {
+        "nvidia-smi": "",
+        "python": f"""
+            case "$*" in
+              *devices*) case "$*" in *"import {sees}"* | *"sys, {sees}"*) exit 0 ;; *) exit 1 ;; esac ;;
+              *) echo $KERAS_BACKEND $WIDTH $BATCH_SIZE $OBJECTIVE $DEPTHS $XLA_PYTHON_CLIENT_PREALLOCATE >&2; exit 2 ;;
+            esac""",
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh{script}\n")
+        (tmp_path / name).chmod(0o755)
+    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "KERAS_BACKEND", "RUNNER")}
+    done = subprocess.run(
+        [SCRIPTS / "table1.sh", tmp_path / "table"],
+        env=bare | {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(told)
+    assert not (tmp_path / "table").exists()
