@@ -110,7 +110,7 @@ def curves(run):
 
 def losses_by_epoch(runs):
     """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid."""
-    figure = Figure(figsize=(7, 4.2))
+    figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
     for number, run in enumerate(runs):
@@ -151,21 +151,22 @@ def losses_by_depth(runs):
 
     The post's stand beside them where they may be compared: on CIFAR-10, under its objective.
     """
-    figure = Figure(figsize=(7, 4.2))
+    figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     lines = {}
     for run in sorted(runs, key=lambda run: run.config.resnet_depth):
         lines.setdefault(", ".join([run.config.loss_meaning, *_swept(run, runs)]), []).append(run)
+    posts = POST if any(run.config.objective == "published" and _is_cifar10(run) for run in runs) else ()
+    ticks = {run.config.resnet_depth for run in runs} | {row["depth"] for row in posts}
     for number, (label, chosen) in enumerate(sorted(lines.items())):
-        depths, color = [run.config.resnet_depth for run in chosen], f"C{number % 10}"
+        aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side
+        depths, color = [run.config.resnet_depth + aside for run in chosen], f"C{number % 10}"
         axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=label)
         axes.plot(depths, [run.metrics["train"]["loss"] for run in chosen], "s--", color=color)
-    ticks = {run.config.resnet_depth for run in runs}
-    if any(run.config.objective == "published" and _is_cifar10(run) for run in runs):
-        depths = [row["depth"] for row in POST]
-        axes.plot(depths, [row["val_loss"] for row in POST], "o-", color="gray", label="the post's own figures")
-        axes.plot(depths, [row["loss"] for row in POST], "s--", color="gray")
-        ticks.update(depths)
+    if posts:
+        depths = [row["depth"] for row in posts]
+        axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label="the post's own figures")
+        axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray")
     axes.set_xticks(sorted(ticks))
     axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
     _finish(figure, "o", "s")
@@ -177,13 +178,15 @@ def _is_cifar10(run):
 
 
 def _finish(figure, validation, training):
-    """The legend of a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
+    """The legend below a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
     (axes,) = figure.axes
     axes.plot([], [], f"k{validation}-", label="validation")
     axes.plot([], [], f"k{training}--", label="training")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 50 else 1
+    figure.set_size_inches(7, 4 + 0.18 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _swept(run, runs):

@@ -186,6 +186,22 @@ def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tm
     assert labels == [[f"{meaning}, width 0.5", f"{meaning}, width 1.0"], [meaning, "the post's own figures"]]
 
 
+def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_path):
+    for seed in range(8):
+        write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
+    for figure in of_sweep(read_sweep(tmp_path)).values():
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        assert not axes.get_window_extent().overlaps(legend.get_window_extent())
+        assert figure.bbox.contains(*legend.get_window_extent().min)
+        assert figure.bbox.contains(*legend.get_window_extent().max)
+        assert axes.get_window_extent().height > 300
+    places = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("negative ELBO")]
+    assert len(set(places)) == 8
+    assert sum(places) / 8 == 28
+    assert list(axes.get_xticks()) == [28]
+
+
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
         write_table(tmp_path)
