@@ -137,9 +137,9 @@ def _table(arguments):
     from resnet_vae import plots, results
     from resnet_vae.records import read_sweep
 
-    print(results.write_table(arguments.folder))
-    for path in plots.draw_sweep(read_sweep(arguments.folder), arguments.folder):
-        print(path)
+    table = results.write_table(arguments.folder)
+    figures = plots.draw_sweep(read_sweep(arguments.folder), arguments.folder)
+    print(table, *figures, sep="\n")
 
 
 def _verify(arguments):

@@ -152,6 +152,13 @@ def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
     assert {path.name for path in sweep.iterdir() if path.is_file()} == set(names)
 
 
+def test_the_figures_are_drawn_though_nobody_reads_the_table(sweep):
+    command = [sys.executable, "-u", "-m", "resnet_vae", "table", sweep]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+    assert {"table.md", "losses_by_epoch.png", "losses_by_depth.png"} <= {path.name for path in sweep.iterdir()}
+
+
 def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeypatch):
     from resnet_vae.__main__ import main
 
