@@ -11,7 +11,7 @@ from keras import layers
 
 from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
 from resnet_vae.config import IMAGENET, UserError
-from resnet_vae.networks import identity_blocks, plain_convolutions
+from resnet_vae.networks import ImageModel, identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
 from resnet_vae.vae import worth_compiling
 
@@ -34,6 +34,8 @@ def build_classifier(
     activation="softmax",
 ):
     """Build a residual classifier: images (batch, *image_shape) → probabilities (batch, classes) in float32.
+
+    uint8 images are brought to [0, 1]; floats are taken as they are.
 
     Before the last layer it averages over all positions, so that with the image shape (None, None, channels) images
     of any size can come, and a network trained at one size runs at others.
@@ -104,7 +106,7 @@ def build_classifier(
         x = layers.ReLU(name="last_relu")(x)
     x = layers.GlobalAveragePooling2D(name="average")(x)
     probabilities = layers.Dense(classes, activation=activation, dtype="float32", name="classes")(x)
-    model = keras.Model(images, probabilities, name=f"resnet{depth}")
+    model = ImageModel(images, probabilities, name=f"resnet{depth}")
     model.supports_jit = model.supports_jit and worth_compiling()
     return model
 

@@ -19,6 +19,21 @@ SCALE = 8  # an image's side is 8 times that of the smallest feature map
 LOG_VAR_RANGE = (-20.0, 10.0)  # beyond it a standard deviation is 0 or overflows in any use
 
 
+def scale(images):
+    """Bring images to [0, 1] in float32: whole numbers are grey levels 0 to 255, floats are in [0, 1] already."""
+    if "int" in keras.backend.standardize_dtype(images.dtype):
+        return keras.ops.cast(images, "float32") / 255.0
+    return keras.ops.cast(images, "float32")
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ImageModel(keras.Model):
+    """A functional Model of images, which come as uint8 grey levels or as floats in [0, 1]."""
+
+    def call(self, inputs, training=None, mask=None):
+        return super().call(scale(inputs), training=training, mask=mask)
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class Bound(layers.Layer):
     """Limit log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
@@ -116,7 +131,7 @@ def build_encoder(config, image_shape):
         image_shape: (height, width, channels), height and width multiples of 8.
 
     Returns:
-        A functional Model: float images in [0, 1], (batch, *image_shape) → [mean, log-variance], each
+        A functional Model: images, uint8 or floats in [0, 1], (batch, *image_shape) → [mean, log-variance], each
         (batch, latent_dim) in float32.
     """
     identity = config.initialization == "identity"
@@ -143,7 +158,7 @@ def build_encoder(config, image_shape):
     mean = head("mean", "lecun_normal" if identity else "glorot_uniform", config.mean_l2)
     log_var = head("log_var", "zeros" if identity else "glorot_uniform", config.log_var_l2)
     log_var = Bound(name="log_var_bound", dtype="float32")(log_var)
-    return keras.Model(images, [mean, log_var], name="encoder")
+    return ImageModel(images, [mean, log_var], name="encoder")
 
 
 def build_decoder(config, image_shape):

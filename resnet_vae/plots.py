@@ -71,7 +71,7 @@ def samples(run, vae, count=64):
 def reconstructions(run, vae, images, count=10):
     """Draw uint8 images above their reconstructions from the posterior's mean."""
     images = spread(images, count)
-    mean, _ = vae.encoder.predict(images / np.float32(255), verbose=0)
+    mean, _ = vae.encoder.predict(images, verbose=0)
     decoded = vae.decoder.predict(mean, verbose=0)
     rows = np.concatenate([images / 255, decoded])
     return grid(rows, len(images), f"test images, {describe(run)}", ["image", "reconstruction"], side=0.7)
@@ -83,7 +83,7 @@ def interpolations(run, vae, images, count=6, steps=10):
     A single image is paired with itself.
     """
     pairs = spread(images, 2 * min(count, len(images) // 2)) if len(images) > 1 else np.concatenate([images, images])
-    mean, _ = vae.encoder.predict(pairs / np.float32(255), verbose=0)
+    mean, _ = vae.encoder.predict(pairs, verbose=0)
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
     decoded = vae.decoder.predict(np.concatenate(lines), verbose=0)

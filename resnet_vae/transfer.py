@@ -6,6 +6,7 @@ After "How transferable are features in deep neural networks?" (https://arxiv.or
 import keras
 from keras import layers, ops
 
+from resnet_vae.networks import ImageModel
 from resnet_vae.normalization import PACKAGE
 
 
@@ -67,7 +68,7 @@ class Features(keras.Model):
 
 
 def adapt(model, classes, frozen=False, batch_statistics=False):
-    """Put a new last layer on a network: images → probabilities (batch, classes).
+    """Put a new last layer on a network: images, uint8 or floats as it takes them → probabilities (batch, classes).
 
     Args:
         model: a classifier, a VAE or its encoder; its layers become the new model's, and are not copied.
@@ -89,4 +90,4 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     images = keras.Input(features.input_shape[1:], name="image")
     x = features(images)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="classes")(x)
-    return keras.Model(images, x, name=f"adapted_{model.name}")
+    return ImageModel(images, x, name=f"adapted_{model.name}")

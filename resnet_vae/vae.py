@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from resnet_vae.blocks import Repeated
 from resnet_vae.config import DATASETS, OBJECTIVES
-from resnet_vae.networks import build_decoder, build_encoder
+from resnet_vae.networks import build_decoder, build_encoder, scale
 from resnet_vae.normalization import PACKAGE
 from resnet_vae.records import processor_prefers_bfloat16
 
@@ -96,7 +96,7 @@ class VAE(keras.Model):
     penalties of the heads, which training minimises too and `loss` leaves out.
 
     Args:
-        encoder: Model, images → [mean, log-variance]; by itself it takes floats in [0, 1] only.
+        encoder: Model, floats in [0, 1] → [mean, log-variance]; that of `build_encoder` takes uint8 by itself, too.
         decoder: Model, latents → images; the generator by itself.
         objective: "elbo" or "published", see `Sampling`.
         beta: weight of the KL; the loss is a bound only at 1.
@@ -264,13 +264,6 @@ def _computes_in_bfloat16():
 
         return torch.cuda.get_device_capability() >= (8, 0)
     return backend != "jax" and processor_prefers_bfloat16()
-
-
-def scale(images):
-    """Bring images to [0, 1] in float32: whole numbers are grey levels 0 to 255, floats are in [0, 1] already."""
-    if "int" in keras.backend.standardize_dtype(images.dtype):
-        return ops.cast(images, "float32") / 255.0
-    return ops.cast(images, "float32")
 
 
 def build_vae(config, image_shape=None):

@@ -14,6 +14,19 @@ def classifier(channels=1, classes=3, width=0.125):
     return build_classifier("resnet20", (8, 8, channels), classes, width=width)
 
 
+@pytest.mark.parametrize("network", ["classifier", "encoder", "adapted"])
+def test_grey_levels_and_floats_are_the_same_images(network, tmp_path):
+    """Saved and loaded, too."""
+    encoder = None if network == "classifier" else build_vae(Config(**TINY), (8, 8, 1)).encoder
+    model = disturb(classifier() if encoder is None else encoder if network == "encoder" else adapt(encoder, 3))
+    images = RNG.integers(0, 256, (5, 8, 8, 1), "uint8")
+    expected = model.predict(images / np.float32(255), verbose=0)
+    model.save(tmp_path / "model.keras")
+    for same in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        for given, wanted in zip(same.predict(images, verbose=0), expected, strict=True):
+            np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-5)
+
+
 def disturb(model):
     """Let no weight be what it starts as; outputs stay far from saturation."""
     for weight in model.weights:

@@ -1,7 +1,6 @@
 """The small classifiers and VAEs that the experiments compare: equal layers, and plain, residual or pre-activated."""
 
 import keras
-import numpy as np
 
 from resnet_vae.classifiers import build_classifier
 from resnet_vae.config import Config
@@ -44,8 +43,8 @@ def compile_network(network, model, optimizer):
 
 
 def inputs(network, images, labels):
-    """What `fit` of one of NETWORKS takes of uint8 images: floats in [0, 1] and labels, or the images alone."""
-    return (images / np.float32(255), labels) if network == "classifier" else (images,)
+    """What `fit` of one of NETWORKS takes: images and labels, or the images alone."""
+    return (images, labels) if network == "classifier" else (images,)
 
 
 def batches(settings, network, images, labels):
