@@ -13,11 +13,15 @@ PICTURES = (".png", ".pdf")
 DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
 
 
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
 def _add_fields(parser):
     """Give a command the configuration's fields as flags, as --resnet-depth 40."""
     group = parser.add_argument_group("settings, each also an environment variable in capitals")
     for name, field in Config.model_fields.items():
-        group.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=field.description)
+        group.add_argument(_flag(name), dest=name, metavar="VALUE", help=field.description)
 
 
 def _parser():
@@ -171,7 +175,8 @@ def _evaluate(arguments):
     from resnet_vae.results import evaluate_run
 
     for name, value in evaluate_run(arguments.run, arguments.dataset).items():
-        print(f"{name:<16}{value}")
+        if name != "ran_on":  # many lines
+            print(f"{name:<16}{value}")
 
 
 COMMANDS = {
@@ -191,11 +196,11 @@ COMMANDS = {
 
 def _refuse(word, command):
     """Tell of a word that no command takes."""
-    what = "is one argument too many"
+    what, meant = "is one argument too many", ""
     if word.startswith("-"):
-        meant = did_you_mean(word.partition("=")[0].strip("-").replace("-", "_"), Config.model_fields)
-        what = f"is no option of {command}" + meant.replace("mean ", "mean --").replace("_", "-")
-    raise UserError(f"{word} {what}; see python -m resnet_vae {command} --help".replace("?;", "?"))
+        what = f"is no option of {command}"
+        meant = did_you_mean(word.partition("=")[0].strip("-").replace("-", "_"), Config.model_fields, _flag)
+    raise UserError(f"{word} {what} (see python -m resnet_vae {command} --help){meant}")
 
 
 def main():

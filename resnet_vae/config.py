@@ -148,11 +148,11 @@ Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterVali
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
-def did_you_mean(name, known):
+def did_you_mean(name, known, spelled=str):
     """The known name that is nearest to one that is none, as the end of a message; nothing if none is near."""
     alias = ALIASES.get(name.upper(), "")
     meant = [each for each in known if each.upper() == alias] or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {meant[0]}?" if meant else ""
+    return f"; did you mean {spelled(meant[0])}?" if meant else ""
 
 
 def _meant(name, known):

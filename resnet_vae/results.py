@@ -5,7 +5,7 @@ from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
-from resnet_vae.records import check_data, csv_text, model_of, read_run, read_sweep, write_json, write_text
+from resnet_vae.records import check_data, csv_text, environment, model_of, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
 # validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
@@ -79,13 +79,18 @@ def evaluate_run(folder, dataset):
         dataset: as `Config.dataset`.
 
     Returns:
-        A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, and the
-        objective's figures. It is also written to evaluation-NAME.json in the run's folder.
+        A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
+        objective's figures, the precision they were computed in, and what on ("ran_on", as in provenance.json). It is
+        also written to evaluation-NAME.json in the run's folder.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
-    from resnet_vae.training import evaluate
+    import keras
 
+    from resnet_vae.training import evaluate
+    from resnet_vae.vae import devices, precision
+
+    ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
     result = {
         "dataset": dataset,
@@ -95,6 +100,8 @@ def evaluate_run(folder, dataset):
         "images": len(data.test),
         "floor": entropy_floor(data.test),
         **evaluate(vae, data.test, run.config.batch_size),
+        "precision": precision(run.config),
+        "ran_on": ran_on,
     }
     write_json(run.folder / f"evaluation-{Path(data.name).stem}.json", result)
     return result

@@ -170,6 +170,8 @@ def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     result = evaluate_run(finished_run, str(tmp_path / "again.npz"))
     assert {name: result[name] for name in FIGURES} == pytest.approx(run.metrics["test"], rel=1e-5)
     assert result["floor"] == run.metrics["test_floor"]
+    assert result["precision"] == run.provenance["precision"]
+    assert {name: run.provenance[name] for name in result["ran_on"]} == result["ran_on"]
     recorded = finished_run / "evaluation-again.json"
     assert json.loads(recorded.read_text()) == result
     recorded.unlink()
