@@ -20,7 +20,7 @@ class Bottleneck(nn.Module):
         first, middle, last = filters
 
         def strided(outputs):
-            if transpose:
+            if transpose and stride > 1:  # without a stride it is the same function
                 return nn.ConvTranspose2d(channels, outputs, 1, stride, output_padding=stride - 1)
             return nn.Conv2d(channels, outputs, 1, stride)
 

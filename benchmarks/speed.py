@@ -20,6 +20,7 @@ from resnet_vae.config import Config
 from resnet_vae.records import csv_text, environment, processor_prefers_bfloat16, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
+DEPTHS = (28, 40, 70, 100)  # of the post
 CASES = {  # what is trained
     "published, batch 25": BASE.replace(decoder="published"),
     "mirrored, batch 25": BASE,
@@ -28,7 +29,11 @@ CASES = {  # what is trained
     **{
         f"{decoder}, depth {depth}, batch 256": BASE.replace(decoder=decoder, resnet_depth=depth, batch_size=256)
         for decoder in ("published", "mirrored")
-        for depth in (28, 40, 70, 100)
+        for depth in DEPTHS
+    },
+    **{
+        f"quarter width, depth {depth}, batch 100": BASE.replace(width=0.25, resnet_depth=depth, batch_size=100)
+        for depth in DEPTHS
     },
 }
 CPU_CASES = list(CASES)[:4]
