@@ -278,7 +278,7 @@ def measure(case, config, names, rounds, seconds):
             "peak_megabytes": answers[name][-1]["peak"],
         }
         rows.append(row)
-        print(f"{case:<28}{name:<36}{speed:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
+        print(f"{case:<36}{name:<37}{speed:8.1f} images/s   first step {firsts[name]:6.1f} s", flush=True)
     return rows
 
 
