@@ -20,10 +20,10 @@ LOG_VAR_RANGE = (-20.0, 10.0)  # beyond it a standard deviation is 0 or overflow
 
 
 def scale(images):
-    """Bring images to [0, 1] in float32: whole numbers are grey levels 0 to 255, floats are in [0, 1] already."""
-    if "int" in keras.backend.standardize_dtype(images.dtype):
-        return keras.ops.cast(images, "float32") / 255.0
-    return keras.ops.cast(images, "float32")
+    """Bring images to [0, 1] in Keras's floatx: whole numbers are grey levels 0 to 255, floats are there already."""
+    whole = "int" in keras.backend.standardize_dtype(images.dtype)
+    images = keras.ops.cast(images, keras.config.floatx())
+    return images / 255.0 if whole else images
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

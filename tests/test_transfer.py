@@ -27,6 +27,23 @@ def test_grey_levels_and_floats_are_the_same_images(network, tmp_path):
             np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has float64 only where it is switched on")
+def test_images_in_double_precision_keep_it():
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = classifier()
+        features = [kind(model.inputs, model.layers[-1].input) for kind in (type(model), keras.Model)]
+        images = RNG.uniform(0, 1, (2, 8, 8, 1))
+        ours, plain = (keras.ops.convert_to_numpy(each(images)) for each in features)
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+    assert ours.dtype == "float64"
+    np.testing.assert_array_equal(ours, plain)
+
+
 def disturb(model):
     """Let no weight be what it starts as; outputs stay far from saturation."""
     for weight in model.weights:
