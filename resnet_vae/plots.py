@@ -190,8 +190,17 @@ def _finish(figure, validation, training):
 
 
 def _swept(run, runs):
-    """The run's values of what was swept, as "shortcut none"."""
+    """The run's values of what was swept, as "shortcut none"; of the epochs only where nothing else tells runs apart.
+
+    Deeper networks are given fewer epochs, which is no other line of the figure.
+    """
     names = swept(runs, SHOWN - {"width"})
+    if len({(describe(each), *_values(each, names)) for each in runs}) < len(runs):
+        names = swept(runs, SHOWN - {"width", "epochs"})
+    return _values(run, names)
+
+
+def _values(run, names):
     return [f"{name.replace('_', ' ')} {told(run.config.recipe()[name])}" for name in names]
 
 

@@ -193,6 +193,15 @@ def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tm
     assert labels == [[f"{meaning}, width 0.5", f"{meaning}, width 1.0"], [meaning, "the post's own figures"]]
 
 
+@pytest.mark.parametrize(("depths", "named"), [((28, 28), True), ((28, 40), False)])
+def test_figures_name_the_epochs_where_runs_differ_in_nothing_else(tmp_path, depths, named):
+    for depth, epochs in zip(depths, (7, 14), strict=True):
+        write_run(tmp_path / f"epochs-{epochs}", depth, 1850.0 - epochs, epochs=epochs)
+    for figure in of_sweep(read_sweep(tmp_path)).values():
+        labels = figure.axes[0].get_legend_handles_labels()[1]
+        assert [sum(f"epochs {epochs}" in label for label in labels) for epochs in (7, 14)] == [named, named]
+
+
 def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_path):
     for seed in range(8):
         write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
