@@ -7,11 +7,13 @@ in another way without its users seeing it.
 """
 
 import json
+import operator
+from collections.abc import Iterable
 
 import keras
 from keras import layers, ops
 
-from resnet_vae.loop import convolution_for_loops, scan, traced_once
+from resnet_vae.loop import convolution_for_loops, scan, traced_once, within_loop
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, matrix, pointwise, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
@@ -75,7 +77,8 @@ class ResidualBlock(layers.Layer):
     ):
         super().__init__(**kwargs)
         filters, sides, strides = (
-            (number,) if isinstance(number, int) else tuple(number) for number in (filters, kernel_size, strides)
+            tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
+            for given in (filters, kernel_size, strides)
         )
         numbers = len(filters) in (2, 3) and len(set(sides)) == 1 and len(strides) in (1, 2)
         if shortcut not in SHORTCUTS or order not in ORDERS or not numbers:
@@ -149,6 +152,9 @@ class ResidualBlock(layers.Layer):
             self.shortcut.build(input_shape)
         if self.shortcut_bn is not None:
             self.shortcut_bn.build(shape)
+        if not self.trainable:  # as it is loaded or cloned: Keras keeps that of the block, and not of what is within
+            for layer in self._flatten_layers(include_self=False):
+                layer.trainable = False
         self.step = self.add_weight((), "ones", name="step") if self.learned_step else None
 
     def call(self, x, training=None):
@@ -281,9 +287,8 @@ def _without_bias(convolution, x):
         return _spread(x, strides) if transposed else x
     if transposed:
         return ops.conv_transpose(x, kernel, strides, padding="same")
-    convolve = convolution_for_loops()
-    if convolve and not strided and convolution.kernel_size[0] % 2:
-        return convolve(x, kernel)
+    if within_loop.get() and convolution_for_loops() and not strided and convolution.kernel_size[0] % 2:
+        return convolution_for_loops()(x, kernel)
     return ops.conv(x, kernel, strides, padding="same")
 
 
@@ -397,7 +402,9 @@ class Repeated(layers.Layer):
         self.stacks = [self._add_stack(weight) for weight in _weights(pattern)]
 
     def _add_stack(self, weight):
-        kernels = {layer.name: layer.kernel_initializer for layer in self.pattern().convolutions}
+        pattern = self.pattern()
+        convolutions = [*pattern.convolutions, *([pattern.shortcut] if pattern.shortcut else [])]
+        kernels = {layer.name: layer.kernel_initializer for layer in convolutions}
         owner = weight.path.split("/")[-2]
 
         def initialize(shape, dtype=None):

@@ -1,11 +1,13 @@
 """One function applied again and again with the weights of one layer after the other: a loop instead of copies."""
 
+import contextvars
 import functools
 import weakref
 
 import keras
 from keras import ops
 
+within_loop = contextvars.ContextVar("within_loop", default=False)  # whether what is called is a loop's function
 _shared = weakref.WeakValueDictionary()
 
 
@@ -44,7 +46,15 @@ def scan(function, x, stacks, outputs=(), remat=False):
     """
     if keras.backend.backend() == "tensorflow":
         return _scan_tensorflow(function, x, stacks, outputs, remat)
-    return ops.scan(keras.remat(function) if remat else function, x, stacks)
+
+    def step(x, weights):
+        token = within_loop.set(True)
+        try:
+            return function(x, weights)
+        finally:
+            within_loop.reset(token)
+
+    return ops.scan(keras.remat(step) if remat else step, x, stacks)
 
 
 def _scan_tensorflow(function, x, stacks, outputs, remat):
@@ -122,6 +132,7 @@ def convolution_for_loops():
 
     On CPUs JAX's compiler computes a convolution's gradients ten times as slowly in a loop as elsewhere, since only
     elsewhere it lays them out for the fast implementation (XLA's `ConvCanonicalization`). Here they are in that layout.
+    It can be differentiated in reverse, again and again, and not forward (`jax.jvp`).
 
     Returns:
         None, or a function: x (batch, height, width, channels), kernel (k, k, channels, filters) of odd k →

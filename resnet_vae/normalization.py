@@ -124,10 +124,12 @@ def _moments(x, covariance):
         return _moments_tensorflow(x, covariance)
     rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
     mean = ops.mean(rows, axis=0)
-    rows = rows - ops.stop_gradient(mean)  # the gradient by way of the mean is zero
+    rows = rows - ops.stop_gradient(mean)  # the moments about it, a constant, take one pass less in the gradient
+    off = mean - ops.stop_gradient(mean)  # zero, and what the second derivatives need
     if not covariance:
-        return mean, ops.mean(ops.square(rows), axis=0)
-    return mean, ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
+        return mean, ops.mean(ops.square(rows), axis=0) - ops.square(off)
+    second = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
+    return mean, second - ops.outer(off, off)
 
 
 def _moments_tensorflow(x, covariance):

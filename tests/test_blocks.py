@@ -255,6 +255,37 @@ def test_repeated_blocks_are_single_ones_in_a_row(options):
             np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), before, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("shortcut", ["projection", "pool"])
+def test_repeated_blocks_may_have_kernels_in_their_shortcuts(shortcut):
+    loop = Repeated(3, (3, 4, 6), shortcut=shortcut, gain=1.0)
+    x = y = keras.ops.convert_to_tensor(RNG.standard_normal((2, 4, 6, 6)).astype("float32"))
+    looped = loop(x)
+    (kernels,) = (keras.ops.convert_to_numpy(stack) for stack in loop.stacks if stack.name == "shortcut_kernel")
+    assert 0.5 < kernels.std() / np.sqrt(2 / 6) < 1.5  # he_normal's
+    for block in loop.split():
+        y = block(y)
+    np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (looped, y)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("again", ["loaded", "cloned"])
+def test_frozen_blocks_stay_frozen(again, tmp_path):
+    image = keras.Input((4, 4, 6))
+    frozen = [
+        ResidualBlock((2, 2, 6), shortcut="projection", learned_step=True, name="frozen"),
+        Repeated(2, (2, 2, 6), name="row"),
+    ]
+    model = keras.Model(image, identity_block(frozen[1](frozen[0](image)), 3, (2, 2, 6)))
+    for block in frozen:
+        block.trainable = False
+    trained = [len(model.trainable_variables)]
+    model.save(tmp_path / "model.keras")
+    same = keras.models.clone_model(model) if again == "cloned" else keras.saving.load_model(tmp_path / "model.keras")
+    trained.append(len(same.trainable_variables))
+    for name in ("frozen", "row"):
+        same.get_layer(name).trainable = True
+    assert [*trained, len(same.trainable_variables)] == [12, 12, 12 + 17 + 12]
+
+
 def test_frozen_blocks_are_split_and_joined_like_others():
     loop = Repeated(2, (3, 4, 6))
     loop.build((None, 4, 6, 6))
@@ -407,6 +438,7 @@ def test_shapes_and_the_wrong_channels():
     assert conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True).shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
     assert conv_block(image, (3, 3), [2, 2, 10], strides=4).shape == (None, 2, 3, 10)
+    assert conv_block(image, np.int64(3), np.array([2, 2, 10]), np.int32(4)).shape == (None, 2, 3, 10)
     for options in ({"shortcut": "some"}, {"filters": 6}, {"kernel_size": (3, 5)}, {"strides": (1, 1, 1)}):
         with pytest.raises(ValueError, match=r"expected 2 or 3 numbers of filters, one side .* projection, pool, pad"):
             identity_block(image, **{"filters": (2, 2, 6), **options})
@@ -423,3 +455,30 @@ def test_the_other_order_of_axes_is_refused():
             ResidualBlock((2, 2, 6))
     finally:
         keras.config.set_image_data_format("channels_last")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's transformations")
+@pytest.mark.parametrize("kind", ["identity", "projection", "transposed"])
+def test_second_derivatives_on_jax(kind):
+    """Forward over reverse, fast against plain, in training: a Hessian-vector product."""
+    import jax
+
+    filters = (2, 2, 4) if kind == "identity" else (2, 2, 6)
+    strides, shortcut = (1, "identity") if kind == "identity" else (2, "projection")
+    block = ResidualBlock(filters, 3, strides, kind == "transposed", shortcut, gain=1.0)
+    x, direction = RNG.standard_normal((2, 3, 4, 6, 4)).astype("float32")
+    block.build(x.shape)
+    weights = [variable.value for variable in block.trainable_variables]
+    moving = [variable.value for variable in block.non_trainable_variables]
+    toward = RNG.standard_normal(block.compute_output_shape(x.shape)).astype("float32")
+
+    def product(call):
+        block.call = call
+
+        def loss(x):
+            return (toward * block.stateless_call(weights, moving, x, training=True)[0]).sum()
+
+        return np.asarray(jax.jvp(jax.grad(loss), (x,), (direction,))[1])
+
+    fast, plain = product(block.fast), product(block.plain)
+    np.testing.assert_allclose(fast, plain, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
