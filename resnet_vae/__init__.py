@@ -19,16 +19,7 @@ _HOMES = {
     "take_over": "transfer",
     "train": "training",
 }
-_WITH_KERAS = (
-    "training",
-    "classifiers",
-    "optimizer",
-    "vae",
-    "networks",
-    "blocks",
-    "loop",
-    "normalization",
-)  # the first imports the others
+_WITH_CLASSES = ("training", "transfer")  # importing these makes Keras know all classes of the package
 __all__ = ["Config", "adapt", "build_classifier", "build_vae", "load_data", "load_run", "take_over", "train"]
 __version__ = "0.1.0"
 
@@ -38,8 +29,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # TensorFlow uses it unaske
 def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name] in _WITH_KERAS:
-        importlib.import_module(f"{__name__}.training")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
@@ -47,28 +36,42 @@ def __dir__():
     return sorted([*globals(), *__all__])
 
 
+def _register():
+    for name in _WITH_CLASSES:
+        importlib.import_module(f"{__name__}.{name}")
+
+
 class _RegisterWithKeras:
-    """Import hook: once Keras is imported, make it know this package's classes, so that load_model finds them."""
+    """Import hook: once Keras is imported, make it know this package's classes, so that load_model finds them.
+
+    Not before a module of this package that imports Keras is there itself.
+    """
+
+    depth = 0  # of imports within imports
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name != "keras":
+        if name != "keras" and not name.startswith(f"{__name__}."):
             return None
-        sys.meta_path.remove(cls)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module):
-                execute(module)
-                if not any(f"{__name__}.{name}" in sys.modules for name in _WITH_KERAS):  # not from one of these
-                    importlib.import_module(f"{__name__}.training")
+                cls.depth += 1
+                try:
+                    execute(module)
+                finally:
+                    cls.depth -= 1
+                if "keras" in sys.modules and not cls.depth and cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
+                    _register()
 
             spec.loader.exec_module = execute_and_register
         return spec
 
 
 if "keras" in sys.modules:
-    importlib.import_module(f"{__name__}.training")
+    _register()
 else:
     sys.meta_path.insert(0, _RegisterWithKeras)

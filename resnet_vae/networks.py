@@ -31,7 +31,7 @@ class ImageModel(keras.Model):
     """A functional Model of images, which come as uint8 grey levels or as floats in [0, 1]."""
 
     def call(self, inputs, training=None, mask=None):
-        return super().call(scale(inputs), training=training, mask=mask)
+        return super().call(keras.tree.map_structure(scale, inputs), training=training, mask=mask)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -27,6 +27,14 @@ def test_grey_levels_and_floats_are_the_same_images(network, tmp_path):
             np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_images_may_come_by_name_or_in_a_list():
+    model = disturb(classifier())
+    images = RNG.integers(0, 256, (5, 8, 8, 1), "uint8")
+    expected = model.predict(images, verbose=0)
+    for given in ({model.inputs[0].name: images}, [images]):
+        np.testing.assert_array_equal(model.predict(given, verbose=0), expected)
+
+
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has float64 only where it is switched on")
 def test_images_in_double_precision_keep_it():
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()

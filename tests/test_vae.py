@@ -320,6 +320,27 @@ def test_a_saved_model_is_the_same_in_a_new_process(saved, images, imports):
         np.testing.assert_allclose(loaded["evaluated"], vae.evaluate(images, verbose=0), rtol=1e-6)
 
 
+REGISTERED = """
+import importlib.util
+{imports}
+import keras
+for name in ("VAE", "Sampling", "ImageModel", "Features", "ResidualBlock", "Repeated", "BatchNormalization", "AdamW"):
+    assert keras.saving.get_registered_object("resnet_vae>" + name), name
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import resnet_vae.blocks",
+        "import resnet_vae; importlib.util.find_spec('keras')",
+        "import keras, resnet_vae.vae",
+    ],
+)
+def test_keras_knows_all_classes_whatever_is_imported_first(imports):
+    subprocess.run([sys.executable, "-c", REGISTERED.format(imports=imports)], check=True, env=os.environ)
+
+
 def count_blocks(model):
     counts = {ResidualBlock: lambda layer: 1, Repeated: lambda layer: layer.count}
     return sum(counts[type(layer)](layer) for layer in model.layers if type(layer) in counts)
