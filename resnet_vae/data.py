@@ -26,7 +26,7 @@ ARCHIVES = {  # what Keras looks for below its datasets folder, and where that i
         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
     ),
 }
-UNUSED_PARTS = ("val", "valid", "validation", "testing")  # folders whose images are not for training
+UNUSED_PARTS = ("val", "valid", "validation", "testing")  # folders whose images are not for training, by their names
 HELD_OUT = 5000  # at most so many validation images
 
 
@@ -408,7 +408,7 @@ def _levels(path, images):
 def _folder(path, shape):
     """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
     parts = _parts(path)
-    files = [_image_files(part.rglob("*")) for part in parts]
+    files = [_image_files(part) for part in parts]
     if not files[0]:
         raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
     if shape and shape[2] not in MODES:
@@ -428,21 +428,23 @@ def _folder(path, shape):
     return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
 
 
-def _image_files(paths):
-    return sorted(
-        file for file in paths if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+def _image_files(folder, pattern="**/*"):
+    """The image files in a folder, sorted, without what is hidden."""
+
+    def hidden(file):
+        return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+    return sorted(f for f in folder.glob(pattern) if f.suffix.lower() in SUFFIXES and not hidden(f) and f.is_file())
 
 
 def _parts(path):
     """The folders train and test, in any case, or the folder itself; refuse what would mix them or lose images."""
-    inside = sorted(path.glob("*"))
-    folders = [folder for folder in inside if folder.is_dir()]
-    train, test, unused = (
-        [folder for folder in folders if folder.name.lower() in names]
-        for names in (("train",), ("test",), UNUSED_PARTS)
-    )
-    loose = _image_files(inside) if train or test else []
+    folders = sorted(each for each in path.glob("*") if each.is_dir() and not each.name.startswith("."))
+    train, test = ([folder for folder in folders if folder.name.lower() == name] for name in ("train", "test"))
+    others = [folder for folder in folders if folder not in train + test]
+    parted = train or test
+    unused = [folder for folder in others if folder.name.lower() in UNUSED_PARTS or (parted and _image_files(folder))]
+    loose = _image_files(path, "*") if parted else []
     if len(train) > 1 or len(test) > len(train) or unused or loose:
         found = ", ".join(entry.name for entry in [*train, *test, *unused, *loose[:1]])
         raise DataError(

@@ -230,6 +230,13 @@ def test_folders_train_and_test_in_any_case(tmp_path):
     assert (len(data.train), len(data.test)) == (20, 4)
 
 
+def test_hidden_folders_are_not_read(tmp_path):
+    for folder in ("", ".thumbnails", "class0/.cache"):
+        write_folder(tmp_path / folder, pictures(20, 8, 8))
+    data = load(tmp_path)
+    assert sum(map(len, (data.train, data.validation, data.test))) == 20
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -240,6 +247,8 @@ def test_folders_train_and_test_in_any_case(tmp_path):
         ("", "valid"),
         ("", "test"),
         ("", "train"),
+        ("train", "test", "more"),
+        ("train", "cat"),
     ],
 )
 def test_a_layout_that_would_mix_or_lose_images_is_refused(tmp_path, names):
