@@ -6,8 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
-from resnet_vae.config import Config, UserError, did_you_mean
-from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
+try:
+    from resnet_vae.config import Config, UserError, did_you_mean
+    from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
+except ModuleNotFoundError as error:
+    print(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 PICTURES = (".png", ".pdf")
 DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
@@ -25,11 +29,12 @@ def _add_fields(parser):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m resnet_vae", description="Residual-network VAEs, swept over depth")
+    about = {"prog": "python -m resnet_vae", "description": "Residual-network VAEs, swept over depth"}
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, *, fields=False, run=False):
-        added = commands.add_parser(name, help=text, description=text)
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if fields:
             _add_fields(added)
         if run:
@@ -78,11 +83,13 @@ def _config(arguments):
 
 
 def _train(arguments):
+    from resnet_vae.checkpoints import check_recipe
     from resnet_vae.data import load_data
     from resnet_vae.records import is_finished
 
     config = _configuration(arguments)
-    is_finished(config)  # other settings are told before the data are read,
+    if not is_finished(config):  # other settings are told before the data are read,
+        check_recipe(config)
     data = load_data(config)
     is_finished(config, data)  # and other data before anything large is imported
     from resnet_vae.training import train

@@ -17,6 +17,7 @@ from resnet_vae.records import RecordError, sync
 FORMAT = b"resnet_vae checkpoint 1\n"
 NAMES = ("checkpoint", "checkpoint-before", "partial-checkpoint")  # the newest, the one before, one being written
 CHUNK = 1 << 20
+HASHES = ("data", "code")  # parts of what a training is that are told by their names alone
 
 
 class DamagedError(Exception):
@@ -95,6 +96,48 @@ def load(folder):
     if damages:
         raise RecordError(f"{'; '.join(damages)}; to train from the beginning, move {folder} away")
     return None
+
+
+def check_recipe(config):
+    """Refuse a folder with an unfinished run of other settings, as far as its checkpoint tells without its arrays.
+
+    Raises:
+        RecordError: the settings differ.
+    """
+    for path in (config.folder / name for name in NAMES[:2]):
+        try:
+            with open(path, "rb") as file:
+                file.seek(len(FORMAT) + 32)
+                recorded = json.loads(file.readline())["identity"]
+                recipe = config.recipe()
+                if recipe["image_shape"] is None:
+                    recipe["image_shape"] = recorded["image_shape"]
+        except (OSError, ValueError, TypeError, KeyError):  # none, or one that `load` will tell of
+            continue
+        return check_identity(config.folder, recorded, recipe)
+
+
+def check_identity(folder, recorded, asked):
+    """Refuse to go on from a checkpoint of something else.
+
+    Args:
+        folder: the run's.
+        recorded: what the checkpoint's training is, a dict.
+        asked: what it is to be, or a part of that.
+
+    Raises:
+        RecordError: they differ.
+    """
+    differing = [
+        f"another {name}" if name in HASHES else f"{name.upper()} {recorded.get(name)} there, {value} here"
+        for name, value in asked.items()
+        if recorded.get(name) != value
+    ]
+    if differing:
+        raise RecordError(
+            f"{folder} holds an unfinished run of something else ({'; '.join(differing)}); choose another OUTDIR or "
+            "move that folder away"
+        )
 
 
 def _read(path):

@@ -237,9 +237,11 @@ class Settings(BaseModel):
         return dict(self._origins)
 
     def replace(self, **changes):
-        """The same configuration with other values, which then count as given."""
-        config = type(self)(**{**self.model_dump(), **changes})
-        config._origins.update({**self._origins, **dict.fromkeys(changes, "given")})
+        """The same configuration with other values, which then count as given; another preset brings its own along."""
+        by_itself = ("default", "preset") if "preset" in changes else ()
+        kept = {name: value for name, value in self.model_dump().items() if self._origins[name] not in by_itself}
+        config = type(self)(**{**kept, **changes})
+        config._origins.update({**{n: self._origins[n] for n in kept}, **dict.fromkeys(changes, "given")})
         return config
 
     def describe(self):
@@ -355,12 +357,12 @@ class Config(Settings):
         False, description="recompute the inside of repeated blocks for the gradient: less memory, slower steps"
     )
     deterministic: bool = Field(
-        True, description="bit-identical results on the same machine, also after an interruption"
+        True, description="bit-identical results on the same machine, also after an interruption, but not a rollback"
     )
     rollbacks: int = Field(
         0,
         ge=0,
-        description="how often a run that diverges may go back to its checkpoint and continue at half the rate",
+        description="how often a run that diverges may go back to its last checkpoint and continue at half the rate",
     )
     seed: int = Field(
         0, ge=0, lt=2**31 - 1, description="of the weights, the order of images, the noise and the held-out images"
@@ -404,7 +406,7 @@ class Config(Settings):
     @property
     def folder(self):
         """The run's folder."""
-        return Path(self.outdir or f"runs/{Path(self.dataset).stem}-depth-{self.resnet_depth}")
+        return Path(self.outdir or f"runs/{Path(self.dataset).stem}-depth-{self.resnet_depth}").expanduser()
 
     @property
     def loss_meaning(self):

@@ -254,6 +254,9 @@ def whole(path):
     """The path to write a file at that is to be there whole or not at all; in the end it is moved to its own.
 
     What is there afterwards outlasts a power cut. Two processes may write the same file: the last one's stays.
+
+    Raises:
+        RecordError: the file cannot be written, as on a full disk.
     """
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
@@ -261,9 +264,11 @@ def whole(path):
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         if partial.is_file():
             partial.unlink()
+        if isinstance(error, OSError):
+            raise RecordError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
 
 
@@ -304,7 +309,8 @@ def environment(backend, devices):
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit = git("rev-parse", "HEAD")
+        ours = git("ls-files", "--error-unmatch", Path(__file__).name)  # and not a repository that this is installed in
+        commit = git("rev-parse", "HEAD") if ours else None
         but_records = ("--", ":/", ":(top,exclude)results")  # a record that is made again changes these
         changes = git("status", "--porcelain", "--untracked-files=no", *but_records)
     except OSError:  # no git

@@ -5,13 +5,14 @@ import os
 import re
 from pathlib import Path
 
+from resnet_vae import checkpoints
 from resnet_vae.config import Config, ConfigError, UserError, did_you_mean
 from resnet_vae.data import check_dataset
 from resnet_vae.records import is_finished
 
 DEFAULTS = {"SWEEP": "DEPTHS", "DEPTHS": "28 40 70 100"}
 RUNNERS = ("notebook", "command")
-SWEPT = ("DEPTHS", *map(str.upper, Config.model_fields))
+SWEPT = ("DEPTHS", *(name.upper() for name in Config.model_fields if name not in ("outdir", "cmdline")))
 
 
 def runs_of(folder, environ=None):
@@ -41,6 +42,7 @@ def runs_of(folder, environ=None):
         if name in runs or first != name:
             raise ConfigError(f"{name} is there twice" if name in runs else f"{first} and {name} are the same run")
         if not is_finished(config):
+            checkpoints.check_recipe(config)
             check_dataset(config.dataset)
 
     for name, settings in _combinations(environ):
@@ -70,13 +72,17 @@ def _combinations(environ):
             problems.append(f"SWEEP names {name}; {told}{did_you_mean(name.upper(), SWEPT)}")
         elif name not in lists:
             problems.append(f'SWEEP names {name}, which is not set; expected a list, as {name}="a b"')
+    problems += [f"SWEEP names {name} twice" for name in set(swept) if swept.count(name) > 1]
     if "DEPTHS" not in swept and "DEPTHS" in environ:
         problems.append(f'DEPTHS is set and SWEEP does not name it; expected SWEEP="{" ".join(swept)} DEPTHS"')
     if "DEPTHS" in swept and "RESNET_DEPTH" in environ:
-        problems.append("RESNET_DEPTH is set beside DEPTHS, which has the sweep's depths; unset one of them")
+        depths = lists["RESNET_DEPTH"].strip()
+        problems.append(f'RESNET_DEPTH is set, and a sweep\'s depths are DEPTHS; expected DEPTHS="{depths}" instead')
     for text in lists["DEPTHS"].split():
-        if not re.fullmatch("[^:]+(:[^:]+)?", text):
-            problems.append(f"DEPTHS holds {text}; expected a depth, as 28, or one with its epochs, as 28:20")
+        if not re.fullmatch("[0-9]+(:[0-9]+)?", text):
+            problems.append(
+                f"DEPTHS holds {text}; expected depths as 28, or with their epochs as 28:20, apart by blanks"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
     for chosen in itertools.product(*([_choice(name, text) for text in lists[name].split()] for name in swept)):

@@ -35,7 +35,6 @@ from resnet_vae.vae import build_vae, count_parameters, devices, precision
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
 SHARE = 0.01  # of the time that writing checkpoints may take
-HASHES = ("data", "code")  # of what a training is
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
 
@@ -186,7 +185,7 @@ class Training(keras.callbacks.Callback):
 
         loaded = checkpoints.load(folder)
         if loaded:
-            self._check(loaded[0]["identity"])
+            checkpoints.check_identity(folder, loaded[0]["identity"], self.identity)
             for name in self.KEPT:
                 setattr(self, name, loaded[0][name])
             self.rollbacks = max(self.rollbacks, rollbacks)
@@ -202,18 +201,6 @@ class Training(keras.callbacks.Callback):
         self._remember()
         if rollbacks:
             self.save()
-
-    def _check(self, recorded):
-        differing = [
-            f"another {name}" if name in HASHES else f"{name.upper()} {recorded.get(name)} there, {value} here"
-            for name, value in self.identity.items()
-            if recorded.get(name) != value
-        ]
-        if differing:
-            raise RecordError(
-                f"{self.folder} holds an unfinished run of something else ({'; '.join(differing)}); choose another "
-                "OUTDIR or move that folder away"
-            )
 
     def _variables(self):
         """The state of the model and the optimizer; the rate follows from the configuration and the rows."""

@@ -19,4 +19,8 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
     echo "error: ${!#} is one argument too many; expected at most $most, see $0 --help" >&2
     exit 2
   fi
+  if ! command -v "${PYTHON:-python}" > /dev/null; then
+    echo "error: there is no ${PYTHON:-python} here; make install, then source .venv/bin/activate, or set PYTHON" >&2
+    exit 2
+  fi
 }

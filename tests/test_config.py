@@ -211,6 +211,16 @@ def test_values_and_where_they_came_from():
         assert any(line.startswith(name.upper()) for line in config.describe().splitlines())
 
 
+def test_a_preset_that_is_put_in_later_is_the_preset():
+    """What was given stays."""
+    given = {"epochs": 7, "width": 0.5}
+    for before, after in (("default", "published"), ("published", "default")):
+        changed = Config(preset=before, **given).replace(preset=after, width=2.0)
+        expected = Config(preset=after, **{**given, "width": 2.0})
+        assert changed == expected
+        assert changed.origins == expected.origins
+
+
 def test_a_configuration_is_frozen_and_survives_its_record():
     config = Config(width=0.25, image_shape=(8, 16, 2))
     with pytest.raises(ValidationError):
@@ -268,6 +278,7 @@ def test_command_line_tells_mistakes_quickly(command):
         ("interpolate run -o file/x.png", "file: Not a directory"),
         ("reconstruct run -o x.foo", "x.foo is no name for a picture; expected one that ends in .png or .pdf"),
         ("train --depth 40", r"--depth is no option of train \(see .*\); did you mean --resnet-depth\?"),
+        ("train --resnet-dept 40", r"--resnet-dept is no option of train \(see .*\); did you mean --resnet-depth\?"),
         ("sample run more", r"more is one argument too many \(see python -m resnet_vae sample --help\)"),
         ("sample .", ". is a sweep; expected one of the runs below it"),
         ("table run", "run is a run; expected a sweep, the folder above it"),
@@ -285,6 +296,15 @@ def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words,
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert re.match(f"error: {told}", line)
+
+
+def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "resnet_vae", "config"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*python\S* has no pydantic; make install, then source .*\n", done.stderr)
 
 
 def test_a_reader_that_closes_its_pipe_is_no_error(tmp_path):

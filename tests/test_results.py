@@ -1,5 +1,6 @@
 """The table from run folders alone, without a backend."""
 
+import errno
 import json
 import os
 import re
@@ -166,7 +167,16 @@ def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeyp
     partial.mkdir()
     monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
     assert main() == 2
-    assert capsys.readouterr().err == f"error: {partial}: Is a directory\n"
+    assert capsys.readouterr().err == f"error: {sweep / 'table.md'} cannot be written: Is a directory\n"
+    partial.rmdir()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {sweep / 'table.md'} cannot be written: No space left on device\n"
+    assert not list(sweep.glob("*table*"))
 
 
 def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch):

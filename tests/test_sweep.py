@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY, processor_seconds
 from test_results import write_run
 
+from resnet_vae import Config, checkpoints
 from resnet_vae.config import ConfigError
 from resnet_vae.sweep import runs_of
 
@@ -51,12 +52,15 @@ MISTAKES = {
     "SWEEP=KERAS_BACKEND KERAS_BACKEND=jax": "SWEEP names KERAS_BACKEND; expected",
     "SWEEP=SHORTCUT": 'SWEEP names SHORTCUT, which is not set; expected a list, as SHORTCUT="a b"',
     "SWEEP=SEED SEED=1 DEPTHS=28": "DEPTHS is set and SWEEP does not name it",
-    "RESNET_DEPTH=40": "RESNET_DEPTH is set beside DEPTHS",
-    "DEPTHS=28:": "DEPTHS holds 28:; expected a depth, as 28, or one with its epochs, as 28:20",
+    "SWEEP=DEPTHS+DEPTHS DEPTHS=28+29": "SWEEP names DEPTHS twice",
+    "RESNET_DEPTH=40": 'RESNET_DEPTH is set, and a sweep\'s depths are DEPTHS; expected DEPTHS="40" instead',
+    "DEPTHS=28:": "DEPTHS holds 28:; expected depths as 28, or with their epochs as 28:20, apart by blanks",
+    "DEPTHS=28,40": "DEPTHS holds 28,40; expected depths as 28",
     "DEPTHS=28+30": "resnet_depth is '30'",
     "DEPTHS=28:1+28:2": "depth-28 is there twice",
     "SWEEP=WIDTH WIDTH=1+1.0": "width-1 and width-1.0 are the same run",
-    "SWEEP=OUTDIR OUTDIR=a+b": "outdir-a and outdir-b are the same run",
+    "SWEEP=OUTDIR OUTDIR=a+b": "SWEEP names OUTDIR; expected DEPTHS or settings",
+    "SWEEP=CMDLINE CMDLINE=0+1": "SWEEP names CMDLINE; expected DEPTHS or settings",
     "WIDTH=abc": "width is 'abc'",
     "WIDHT=1": "WIDHT is no setting; did you mean WIDTH?",
     "DEPHTS=28": "DEPHTS is no setting; did you mean DEPTHS?",
@@ -79,11 +83,20 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
     """Those of a later depth and of the data, and a folder that is no folder, or another configuration's."""
     write_run(tmp_path / "sweep" / "depth-40", 40, 1850.0)
     (tmp_path / "sweep" / "depth-34").write_text("no folder")
+    unfinished = Config(**TINY, resnet_depth=46, seed=7, outdir=str(tmp_path / "sweep" / "depth-46"))
+    unfinished.folder.mkdir()
+    checkpoints.save(unfinished.folder, {"identity": unfinished.recipe()}, [])
     began = processor_seconds()
-    done = run_all(tmp_path, depths="28 30 34 40", evaluate="nothere")
+    done = run_all(tmp_path, depths="28 30 34 40 46", evaluate="nothere")
     assert processor_seconds() - began < 5
     assert (done.returncode, done.stdout) == (2, "")
-    told = ("error: EVALUATE is", "resnet_depth is '30'", "OUTDIR is 'sweep/depth-34'", "sweep/depth-40 holds")
+    told = (
+        "error: EVALUATE is",
+        "resnet_depth is '30'",
+        "OUTDIR is 'sweep/depth-34'",
+        "sweep/depth-40 holds",
+        "sweep/depth-46 holds an unfinished run of something else (SEED 7 there, 0 here)",
+    )
     for line, beginning in zip(done.stderr.splitlines(), told, strict=True):
         assert line.startswith(beginning)
     assert not (tmp_path / "sweep" / "depth-28").exists()
@@ -108,6 +121,17 @@ def test_scripts_tell_what_they_do_and_take_no_option_for_a_folder(tmp_path, scr
             assert not [line for line in rest if line.startswith(("#", "set -"))]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert kept.exists()
+
+
+@pytest.mark.parametrize("script", ["run_all", "table1", "soak", "run_notebook"])
+def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
+    (tmp_path / "a.ipynb").write_text("{}")
+    environ = os.environ | {"PYTHON": "nopython"}
+    words = [SCRIPTS / f"{script}.sh", "a.ipynb"]
+    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: there is no nopython here; make install, then source .*\n", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ipynb"]
 
 
 @pytest.mark.parametrize(
