@@ -149,7 +149,8 @@ def keep_in_sight(axes, training, others, name):
 def losses_by_depth(runs):
     """Draw the best epoch's losses of a sweep's runs against depth: training dashed, validation solid.
 
-    The post's stand beside them where they may be compared: on CIFAR-10, under its objective.
+    The post's stand beside them where they may be compared: on CIFAR-10, under its objective. Epochs are named where
+    they differ along a line.
     """
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
@@ -161,7 +162,9 @@ def losses_by_depth(runs):
     for number, (label, chosen) in enumerate(sorted(lines.items())):
         aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side
         depths, color = [run.config.resnet_depth + aside for run in chosen], f"C{number % 10}"
-        axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=label)
+        epochs = [f"{run.metrics['epochs']}" for run in chosen]
+        told = f"{label}, {', '.join(epochs)} epochs" if len(set(epochs)) > 1 else label
+        axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=told)
         axes.plot(depths, [run.metrics["train"]["loss"] for run in chosen], "s--", color=color)
     if posts:
         depths = [row["depth"] for row in posts]

@@ -109,7 +109,7 @@ def figures(tables):
 def draw(rows):
     """A panel a network: norm of the gradient against the place of the layer; a line a depth, plain and residual."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(3.3 * len(networks), 3.8), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(networks), 4.3), layout="constrained")
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
         own = [row for row in rows if row["network"] == network]
         depths = sorted({row["depth"] for row in own})
@@ -118,8 +118,10 @@ def draw(rows):
                 norms = [row["norm"] for row in own if row["kind"] == kind and row["depth"] == depth]
                 places = np.linspace(0, 1, len(norms))
                 alpha = 0.35 + 0.65 * (number + 1) / len(depths)
-                axes.semilogy(places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number, label=f"{kind}, {depth}")
+                axes.semilogy(
+                    places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number, label=f"{kind}, {depth} layers"
+                )
         axes.set(title=network, xlabel="layer, from the first (0) to the last (1)")
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("gradient norm of a layer's weights")
     return figure

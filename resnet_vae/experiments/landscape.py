@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.experiments.networks import (
     LOSSES,
@@ -188,7 +189,10 @@ def draw_lines(rows):
     for axes, network in zip(figure.subplots(1, len(NETWORKS)), NETWORKS, strict=True):
         for kind, color in COMPARED.items():
             own = [row for row in rows if (row["network"], row["kind"]) == (network, kind)]
-            axes.semilogy([row["x"] for row in own], [row["loss"] for row in own], color=color, label=kind)
+            axes.plot([row["x"] for row in own], [row["loss"] for row in own], color=color, label=kind)
+        losses = [row["loss"] for row in rows if row["network"] == network]
+        if max(losses) > 10 * min(losses):
+            axes.set_yscale("log")
         axes.set(title=f"{network}, training images", ylabel=LOSSES[network])
         axes.set_xlabel("random direction, in lengths of the filters")
         axes.legend(frameon=False)
@@ -203,7 +207,9 @@ def draw_surfaces(rows):
     for number, (title, own) in enumerate(networks, start=1):
         axes = figure.add_subplot(1, len(networks), number, projection="3d")
         axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200)
-        axes.set(xlabel="first direction", ylabel="second direction")
+        axes.set_xlabel("first direction", labelpad=8)
+        axes.set_ylabel("second direction", labelpad=8)
+        axes.zaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(title, y=0.92)  # below the figure's own
         axes.set_box_aspect(None, zoom=0.8)
     return figure
