@@ -35,7 +35,8 @@ COLUMNS = {  # name in the CSV → (heading, format)
 def load_run(folder):
     """Load a finished run: its record and its trained model.
 
-    The network is built anew from the recorded configuration, and only weights are read from model.keras.
+    The network is built anew from the recorded configuration, and only weights are read from model.keras. Of a run with
+    PRECISION=auto it computes in what is faster here, which need not be what it was trained in.
 
     Returns:
         (record, vae): a `Run`, and a built `VAE`, ready for `evaluate` and `predict`; further training gives the KL its
