@@ -163,7 +163,7 @@ def losses_by_depth(runs):
         aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side
         depths, color = [run.config.resnet_depth + aside for run in chosen], f"C{number % 10}"
         epochs = [f"{run.metrics['epochs']}" for run in chosen]
-        told = f"{label}, {', '.join(epochs)} epochs" if len(set(epochs)) > 1 else label
+        told = f"{label} ({', '.join(epochs)} epochs)" if len(set(epochs)) > 1 else label
         axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=told)
         axes.plot(depths, [run.metrics["train"]["loss"] for run in chosen], "s--", color=color)
     if posts:

@@ -210,7 +210,7 @@ def test_figures_name_the_epochs_where_runs_differ_in_nothing_else(tmp_path, dep
     for figure in of_sweep(read_sweep(tmp_path)).values():
         labels = figure.axes[0].get_legend_handles_labels()[1]
         assert [sum(f"epochs {epochs}" in label for label in labels) for epochs in (7, 14)] == [named, named]
-    assert ("negative ELBO, 7, 14 epochs" in labels) != named  # along a line, in the figure by depth
+    assert ("negative ELBO (7, 14 epochs)" in labels) != named  # along a line, in the figure by depth
 
 
 def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_path):
