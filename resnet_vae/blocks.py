@@ -13,8 +13,9 @@ from collections.abc import Iterable
 import keras
 from keras import layers, ops
 
-from resnet_vae.loop import convolution_for_loops, scan, traced_once, within_loop
-from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, matrix, pointwise, sparse
+from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
+from resnet_vae.loop import scan, traced_once
+from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
 ORDERS = ("post", "pre")
@@ -190,7 +191,7 @@ class ResidualBlock(layers.Layer):
         if kind == "pool" and reduces:
             x = ops.average_pool(x, self.strides, self.strides, padding="same")
         if kind == "pad" and reduces:
-            x = _every(x, self.strides)
+            x = every(x, self.strides)
         if self.shortcut is not None:
             x = _convolve(self.shortcut, x)
         if self.shortcut_bn is not None:
@@ -213,7 +214,7 @@ class ResidualBlock(layers.Layer):
         if enlarges:
             y = self._enlarged(x, training)
         else:
-            read = _every(x, self.strides)
+            read = every(x, self.strides)
             y = pointwise(read, matrix(self.convolutions[0]))
             y = self.normalizations[0].biased(y, self.convolutions[0].bias, training)
             y = _without_bias(self.convolutions[1], ops.relu(y))
@@ -223,7 +224,7 @@ class ResidualBlock(layers.Layer):
             y, shifts = y * ops.cast(self.step, y.dtype), [shift * self.step for shift in shifts]
         if enlarges and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
-            x, shifts = _spread(x, self.strides), [*shifts, constant]
+            x, shifts = spread(x, self.strides), [*shifts, constant]
         elif projects:
             x, more = _normalized(self.shortcut, self.shortcut_bn, read, training)
             shifts = shifts + more
@@ -243,8 +244,8 @@ class ResidualBlock(layers.Layer):
         height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
         kernel = ops.convert_to_tensor(self.convolutions[1].kernel)
         y = ops.relu(signal + constant) - ops.relu(constant)
-        y = _enlarge(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides)
-        return y + _convolved_constant(ops.relu(constant), kernel, height, width)
+        y = enlarge(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides)
+        return y + convolved_constant(ops.relu(constant), kernel, height, width)
 
     def compute_output_shape(self, input_shape):
         return (*self.convolutions[0].compute_output_shape(input_shape)[:-1], self.filters[-1])
@@ -282,14 +283,12 @@ def _without_bias(convolution, x):
     kernel, strides = ops.cast(convolution.kernel, x.dtype), convolution.strides
     transposed, strided = isinstance(convolution, layers.Conv2DTranspose), strides != (1, 1)
     if strided and convolution.kernel_size == (1, 1) and not (transposed and None in x.shape[1:3]):
-        read = x if transposed else _every(x, strides)
+        read = x if transposed else every(x, strides)
         x = pointwise(read, matrix(convolution))
-        return _spread(x, strides) if transposed else x
+        return spread(x, strides) if transposed else x
     if transposed:
         return ops.conv_transpose(x, kernel, strides, padding="same")
-    if within_loop.get() and convolution_for_loops() and not strided and convolution.kernel_size[0] % 2:
-        return convolution_for_loops()(x, kernel)
-    return ops.conv(x, kernel, strides, padding="same")
+    return ops.conv(x, kernel, strides, padding="same") if strided else convolve(x, kernel)
 
 
 def _normalized(convolution, normalization, x, training):
@@ -305,67 +304,6 @@ def _normalized(convolution, normalization, x, training):
         return normalization.biased(pointwise(x, matrix(convolution)), convolution.bias, training), []
     folded, shift = fold(convolution, normalization, x, training)
     return pointwise(x, folded), [shift]
-
-
-def _every(x, strides):
-    """Every stride-th position: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
-    (_, height, width, channels), (rows, columns) = x.shape, strides
-    if tuple(strides) == (1, 1):
-        return x
-    if None in (height, width) or height % rows or width % columns:
-        return ops.average_pool(x, 1, strides, padding="valid")  # of single positions
-    height, width = height // rows, width // columns
-    x = ops.reshape(x, (-1, height, rows, width, columns * channels))
-    return ops.reshape(_part(x, (0, 0, 0, 0), (height, 1, width, channels)), (-1, height, width, channels))
-
-
-def _part(x, first, shape):
-    """The part of x (batch, …) of a shape from the indices `first`, in all axes but the batch."""
-    if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
-        import tensorflow as tf
-
-        return tf.slice(x, (0, *first), (-1, *shape))
-    return x[:, *(slice(start, start + size) for start, size in zip(first, shape, strict=True))]
-
-
-def _enlarge(x, kernel, strides):
-    """The transposed convolution of a "same" image of odd kernel: x stands at every stride-th position from the first.
-
-    Args:
-        x: (batch, height, width, channels).
-        kernel: (k, k, filters, channels).
-        strides: at most (k + 1) / 2.
-
-    Returns:
-        (batch, height rows, width columns, filters).
-    """
-    (rows, columns), first = strides, kernel.shape[0] // 2
-    height, width = x.shape[1] * rows, x.shape[2] * columns
-    x = ops.conv_transpose(x, kernel, strides, padding="valid")
-    return _part(x, (first, first, 0), (height, width, x.shape[-1]))
-
-
-def _spread(x, strides):
-    """Put zeros between the positions: (batch, height, width, c) → (batch, height rows, width columns, c)."""
-    _, height, width, channels = x.shape
-    rows, columns = strides
-    x = ops.reshape(x, (-1, height, 1, width, 1, channels))
-    x = ops.pad(x, ((0, 0), (0, 0), (0, rows - 1), (0, 0), (0, columns - 1), (0, 0)))
-    return ops.reshape(x, (-1, height * rows, width * columns, channels))
-
-
-def _convolved_constant(constant, kernel, height, width):
-    """The "same" convolution of an image of one constant a channel, (1, height, width, filters).
-
-    Computed on an image of the kernel's size, in which each row and column of the border occurs, and the middle once.
-    """
-    sides = [(side, min(side, kernel.shape[0])) for side in (height, width)]
-    y = ops.broadcast_to(constant, (1, *(small for _, small in sides), constant.shape[0]))
-    y = ops.conv(y, kernel, padding="same")
-    for axis, (side, small) in enumerate(sides, start=1):
-        middle = (small - 1) // 2
-        y = ops.take(y, [*range(middle), *[middle] * (side - small + 1), *range(middle + 1, small)], axis=axis)
-    return y
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

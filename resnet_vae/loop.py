@@ -1,7 +1,6 @@
 """One function applied again and again with the weights of one layer after the other: a loop instead of copies."""
 
 import contextvars
-import functools
 import weakref
 
 import keras
@@ -124,41 +123,3 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
 
     last, *written = run(x, *pack(stacks))
     return last, split(written)
-
-
-@functools.cache
-def convolution_for_loops():
-    """The "same" convolution whose gradient is fast within a loop; None where that of Keras is.
-
-    On CPUs JAX's compiler computes a convolution's gradients ten times as slowly in a loop as elsewhere, since only
-    elsewhere it lays them out for the fast implementation (XLA's `ConvCanonicalization`). Here they are in that layout.
-    It can be differentiated in reverse, again and again, and not forward (`jax.jvp`).
-
-    Returns:
-        None, or a function: x (batch, height, width, channels), kernel (k, k, channels, filters) of odd k →
-        (batch, height, width, filters).
-    """
-    if keras.backend.backend() != "jax":
-        return None
-    import jax
-
-    if jax.default_backend() != "cpu":
-        return None
-    layout = ("NHWC", "HWIO", "NHWC")
-
-    @jax.custom_vjp
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
-
-    def backward(sources, gradient):
-        x, kernel = sources
-        turned = ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2))
-        channels_first, kernel_like = ops.transpose(x, (3, 1, 2, 0)), ops.transpose(gradient, (1, 2, 0, 3))
-        # Without a barrier the transpositions become another layout of the convolutions, which is the slow one.
-        turned, channels_first, kernel_like = jax.lax.optimization_barrier((turned, channels_first, kernel_like))
-        around = [(kernel.shape[0] // 2,) * 2, (kernel.shape[1] // 2,) * 2]
-        of_kernel = jax.lax.conv_general_dilated(channels_first, kernel_like, (1, 1), around, dimension_numbers=layout)
-        return convolve(gradient, turned), ops.transpose(jax.lax.optimization_barrier(of_kernel), (1, 2, 0, 3))
-
-    convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
-    return convolve

@@ -7,6 +7,8 @@ than these outputs, so that the normalisation need not pass over them.
 import keras
 from keras import layers, ops
 
+from resnet_vae.convolution import matrix, pointwise
+
 PACKAGE = "resnet_vae"  # the prefix under which Keras registers the project's classes
 
 
@@ -91,27 +93,8 @@ def _precise(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
-def matrix(convolution):
-    """The kernel of a 1×1 convolution, transposed or not, as (channels, filters)."""
-    kernel = ops.reshape(convolution.kernel, convolution.kernel.shape[2:])  # indexing has a slower gradient
-    return ops.transpose(kernel) if isinstance(convolution, layers.Conv2DTranspose) else kernel
-
-
 def _bias(convolution):
     return _precise(ops.convert_to_tensor(convolution.bias)) if convolution.use_bias else 0.0
-
-
-def pointwise(x, matrix, bias=None):
-    """The 1×1 convolution of x, (batch, height, width, channels) in any dtype, with a matrix (channels, filters)."""
-    matrix = ops.cast(matrix, x.dtype)
-    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        x = ops.conv(x, ops.reshape(matrix, (1, 1, *matrix.shape)), padding="same")
-    elif None in x.shape[1:3]:
-        x = ops.matmul(x, matrix)
-    else:  # on CPUs up to 1.4 times as fast, except in bfloat16; of four axes TensorFlow's trace would be far longer
-        rows = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), matrix)
-        x = ops.reshape(rows, (-1, *x.shape[1:3], matrix.shape[1]))
-    return x if bias is None else ops.add(x, ops.cast(bias, x.dtype))
 
 
 def _moments(x, covariance):

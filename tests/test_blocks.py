@@ -1,14 +1,12 @@
 """The blocks against a float64 NumPy computation with the same weights."""
 
-import re
-
 import keras
 import numpy as np
 import pytest
 
 from resnet_vae import blocks
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
-from resnet_vae.loop import convolution_for_loops, traced_once
+from resnet_vae.loop import traced_once
 from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
@@ -313,27 +311,6 @@ def test_loops_of_one_shape_are_traced_once():
         for function in (first, second, other):
             np.testing.assert_array_equal(function(x, [added]), x + added)
     assert traces == [(2, 3)] * 2
-
-
-@pytest.mark.skipif(convolution_for_loops() is None, reason="of JAX on CPUs")
-def test_gradients_of_a_convolution_in_a_loop():
-    """They are those of Keras's convolution, and compiled to convolutions in the one layout that XLA has fast."""
-    import jax
-
-    def chain(convolve):
-        def loss(x, kernels):
-            return (jax.lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0] * weights).sum()
-
-        return jax.jit(jax.grad(loss, (0, 1)))
-
-    x, weights = RNG.standard_normal((2, 5, 4, 6, 3)).astype("float32")
-    kernels = RNG.standard_normal((7, 3, 3, 3, 3)).astype("float32") / 5
-    ours = chain(convolution_for_loops())
-    theirs = chain(lambda x, kernel: keras.ops.conv(x, kernel, padding="same"))
-    for gradient, expected in zip(ours(x, kernels), theirs(x, kernels), strict=True):
-        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    layouts = set(re.findall(r" convolution\(.*dim_labels=(\S+?)[,\s]", ours.lower(x, kernels).compile().as_text()))
-    assert layouts == {"b01f_01io->b01f"}
 
 
 @pytest.mark.parametrize("kind", ["identity", "transposed"])

@@ -1,0 +1,206 @@
+"""Convolutions of images, channels last, each in the way that takes the least time, gradients included."""
+
+import functools
+
+import keras
+from keras import layers, ops
+
+from resnet_vae.loop import within_loop
+
+
+def matrix(convolution):
+    """The kernel of a 1×1 convolution, transposed or not, as (channels, filters)."""
+    kernel = ops.reshape(convolution.kernel, convolution.kernel.shape[2:])  # indexing has a slower gradient
+    return ops.transpose(kernel) if isinstance(convolution, layers.Conv2DTranspose) else kernel
+
+
+def pointwise(x, matrix, bias=None):
+    """The 1×1 convolution of x, (batch, height, width, channels) in any dtype, with a matrix (channels, filters)."""
+    matrix = ops.cast(matrix, x.dtype)
+    if None in x.shape[1:3]:
+        x = ops.matmul(x, matrix)
+    else:  # on CPUs faster than a convolution; of four axes TensorFlow's trace would be far longer
+        rows = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), matrix)
+        x = ops.reshape(rows, (-1, *x.shape[1:3], matrix.shape[1]))
+    return x if bias is None else ops.add(x, ops.cast(bias, x.dtype))
+
+
+def convolve(x, kernel):
+    """The "same" convolution: (batch, height, width, channels), (k, k, channels, filters) → (…, filters)."""
+    if kernel.shape[0] % 2:
+        if within_loop.get() and convolution_for_loops():
+            return convolution_for_loops()(x, kernel)
+        if _has_quick_gradient(x):
+            return _convolve_tensorflow(x, kernel)
+    return ops.conv(x, kernel, padding="same")
+
+
+def enlarge(x, kernel, strides):
+    """The transposed convolution of a "same" image of odd kernel: x stands at every stride-th position from the first.
+
+    Args:
+        x: (batch, height, width, channels).
+        kernel: (k, k, filters, channels).
+        strides: at most (k + 1) / 2.
+
+    Returns:
+        (batch, height rows, width columns, filters).
+    """
+    (rows, columns), first = strides, kernel.shape[0] // 2
+    height, width = x.shape[1] * rows, x.shape[2] * columns
+    quick = _has_quick_gradient(x)
+    x = _enlarge_tensorflow(x, kernel, strides) if quick else ops.conv_transpose(x, kernel, strides, padding="valid")
+    return _part(x, (first, first, 0), (height, width, x.shape[-1]))
+
+
+def every(x, strides):
+    """Every stride-th position: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
+    (_, height, width, channels), (rows, columns) = x.shape, strides
+    if tuple(strides) == (1, 1):
+        return x
+    if None in (height, width) or height % rows or width % columns:
+        return ops.average_pool(x, 1, strides, padding="valid")  # of single positions
+    height, width = height // rows, width // columns
+    x = ops.reshape(x, (-1, height, rows, width, columns * channels))
+    return ops.reshape(_part(x, (0, 0, 0, 0), (height, 1, width, channels)), (-1, height, width, channels))
+
+
+def _part(x, first, shape):
+    """The part of x (batch, …) of a shape from the indices `first`, in all axes but the batch."""
+    if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
+        import tensorflow as tf
+
+        return tf.slice(x, (0, *first), (-1, *shape))
+    return x[:, *(slice(start, start + size) for start, size in zip(first, shape, strict=True))]
+
+
+def spread(x, strides):
+    """Put zeros between the positions: (batch, height, width, c) → (batch, height rows, width columns, c)."""
+    _, height, width, channels = x.shape
+    rows, columns = strides
+    x = ops.reshape(x, (-1, height, 1, width, 1, channels))
+    x = ops.pad(x, ((0, 0), (0, 0), (0, rows - 1), (0, 0), (0, columns - 1), (0, 0)))
+    return ops.reshape(x, (-1, height * rows, width * columns, channels))
+
+
+def convolved_constant(constant, kernel, height, width):
+    """The "same" convolution of an image of one constant a channel, (1, height, width, filters).
+
+    Computed on an image of the kernel's size, in which each row and column of the border occurs, and the middle once.
+    """
+    sides = [(side, min(side, kernel.shape[0])) for side in (height, width)]
+    y = ops.broadcast_to(constant, (1, *(small for _, small in sides), constant.shape[0]))
+    y = ops.conv(y, kernel, padding="same")
+    for axis, (side, small) in enumerate(sides, start=1):
+        middle = (small - 1) // 2
+        y = ops.take(y, [*range(middle), *[middle] * (side - small + 1), *range(middle + 1, small)], axis=axis)
+    return y
+
+
+def _has_quick_gradient(x):
+    """Whether a kernel's gradient is quicker as a product of matrices, for a convolution whose smaller image is x.
+
+    On processors with AMX up to seven times: in bfloat16 oneDNN's own takes the long for images of few columns.
+    """
+    if keras.backend.backend() != "tensorflow" or x.dtype != "bfloat16" or None in x.shape[1:]:
+        return False
+    import tensorflow as tf
+
+    return x.shape[2] <= min(8, x.shape[3] // 16) and not tf.config.list_physical_devices("GPU")
+
+
+def _convolve_tensorflow(x, kernel):
+    """`convolve` with the kernel's gradient as a product."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def convolve(x, kernel):
+        def backward(gradient):
+            around = [(0, 0), *[(side // 2,) * 2 for side in kernel.shape[:2]], (0, 0)]
+            of_kernel = _kernel_gradient(tf.pad(x, around), gradient, kernel.shape[0], (1, 1))
+            return tf.nn.conv2d_transpose(gradient, kernel, tf.shape(x), 1, "SAME"), of_kernel
+
+        return tf.nn.conv2d(x, kernel, 1, "SAME"), backward
+
+    return convolve(x, kernel)
+
+
+def _enlarge_tensorflow(x, kernel, strides):
+    """The transposed "valid" convolution with the kernel's gradient as a product."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def enlarge(x, kernel):
+        def backward(gradient):
+            of_kernel = _kernel_gradient(gradient, x, kernel.shape[0], strides)
+            return tf.nn.conv2d(gradient, kernel, strides, "VALID"), of_kernel
+
+        return ops.conv_transpose(x, kernel, strides, padding="valid"), backward
+
+    return enlarge(x, kernel)
+
+
+def _kernel_gradient(image, gradient, side, strides):
+    """The gradient by the kernel of a strided "valid" convolution, as a product of matrices.
+
+    Args:
+        image: what is convolved, (batch, …, …, channels).
+        gradient: by the result, (batch, height, width, filters).
+        side: k.
+        strides: of the convolution, (rows, columns).
+
+    Returns:
+        (k, k, channels, filters).
+    """
+    import tensorflow as tf
+
+    (rows, columns), channels, (_, height, width, filters) = strides, image.shape[-1], gradient.shape
+    tall, wide = height + (side - 1) // rows, width + (side - 1) // columns
+    image = tf.pad(image, ((0, 0), (0, tall * rows - image.shape[1]), (0, wide * columns - image.shape[2]), (0, 0)))
+    image = tf.reshape(image, (-1, tall, rows, wide, columns * channels))  # what a stride skips has axes of its own
+    seen = [
+        _part(image, (i // rows, i % rows, j // columns, j % columns * channels), (height, 1, width, channels))
+        for i in range(side)
+        for j in range(side)
+    ]
+    seen = tf.reshape(tf.concat(seen, -1), (-1, side * side * channels))  # by each position of the result
+    product = tf.matmul(seen, tf.reshape(gradient, (-1, filters)), transpose_a=True)
+    return tf.reshape(product, (side, side, channels, filters))
+
+
+@functools.cache
+def convolution_for_loops():
+    """The "same" convolution whose gradient is fast within a loop; None where that of Keras is.
+
+    On CPUs JAX's compiler computes a convolution's gradients ten times as slowly in a loop as elsewhere, since only
+    elsewhere it lays them out for the fast implementation (XLA's `ConvCanonicalization`). Here they are in that layout.
+    It can be differentiated in reverse, again and again, and not forward (`jax.jvp`).
+
+    Returns:
+        None, or a function: x (batch, height, width, channels), kernel (k, k, channels, filters) of odd k →
+        (batch, height, width, filters).
+    """
+    if keras.backend.backend() != "jax":
+        return None
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return None
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    @jax.custom_vjp
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    def backward(sources, gradient):
+        x, kernel = sources
+        turned = ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2))
+        channels_first, kernel_like = ops.transpose(x, (3, 1, 2, 0)), ops.transpose(gradient, (1, 2, 0, 3))
+        # Without a barrier the transpositions become another layout of the convolutions, which is the slow one.
+        turned, channels_first, kernel_like = jax.lax.optimization_barrier((turned, channels_first, kernel_like))
+        around = [(kernel.shape[0] // 2,) * 2, (kernel.shape[1] // 2,) * 2]
+        of_kernel = jax.lax.conv_general_dilated(channels_first, kernel_like, (1, 1), around, dimension_numbers=layout)
+        return convolve(gradient, turned), ops.transpose(jax.lax.optimization_barrier(of_kernel), (1, 2, 0, 3))
+
+    convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), backward)
+    return convolve

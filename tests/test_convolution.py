@@ -1,0 +1,87 @@
+"""Convolutions, and above all their gradients, against those of the backend."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from resnet_vae import convolution
+from resnet_vae.convolution import convolution_for_loops, convolve, enlarge
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.skipif(convolution_for_loops() is None, reason="of JAX on CPUs")
+def test_gradients_of_a_convolution_in_a_loop():
+    """They are those of Keras's convolution, and compiled to convolutions in the one layout that XLA has fast."""
+    import jax
+
+    def chain(convolve):
+        def loss(x, kernels):
+            return (jax.lax.scan(lambda x, kernel: (convolve(x, kernel), None), x, kernels)[0] * weights).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    x, weights = RNG.standard_normal((2, 5, 4, 6, 3)).astype("float32")
+    kernels = RNG.standard_normal((7, 3, 3, 3, 3)).astype("float32") / 5
+    ours = chain(convolution_for_loops())
+    theirs = chain(lambda x, kernel: keras.ops.conv(x, kernel, padding="same"))
+    for gradient, expected in zip(ours(x, kernels), theirs(x, kernels), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    layouts = set(re.findall(r" convolution\(.*dim_labels=(\S+?)[,\s]", ours.lower(x, kernels).compile().as_text()))
+    assert layouts == {"b01f_01io->b01f"}
+
+
+def gradients(function, dtype, arrays):
+    """A function's value and its gradients, on TensorFlow, in float64."""
+    import tensorflow as tf
+
+    sources = [tf.constant(array, dtype) for array in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(sources)
+        y = function(*sources)
+        loss = tf.reduce_sum(tf.cast(y, "float64") * np.cos(np.arange(np.prod(y.shape))).reshape(y.shape))
+    return [tf.cast(value, "float64").numpy() for value in (y, *tape.gradient(loss, sources))]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
+@pytest.mark.parametrize(
+    ("side", "strides"), [(3, None), (5, None), (3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1))]
+)
+def test_gradients_as_products(side, strides, monkeypatch):
+    """In float64, where they are not used, they are TensorFlow's own but for rounding errors."""
+    monkeypatch.setattr(convolution, "_has_quick_gradient", lambda x: True)
+    x, kernel = RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((side, side, 5, 6))
+    if strides:
+        kernel = kernel.swapaxes(2, 3)
+        height, width = (length * stride for length, stride in zip(x.shape[1:3], strides, strict=True))
+        first = side // 2
+
+        def theirs(x, kernel):
+            y = keras.ops.conv_transpose(x, kernel, strides, padding="valid")
+            return y[:, first : first + height, first : first + width]
+
+        def ours(x, kernel):
+            return enlarge(x, kernel, strides)
+    else:
+        ours, theirs = convolve, lambda x, kernel: keras.ops.conv(x, kernel, padding="same")
+    for value, expected in zip(*(gradients(kind, "float64", (x, kernel)) for kind in (ours, theirs)), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
+@pytest.mark.parametrize("strides", [None, (2, 2)])
+def test_gradients_in_bfloat16_where_images_are_narrow(strides, monkeypatch):
+    """They are taken as products, and within a hundredth of those in double precision."""
+    products, kernel_gradient = [], convolution._kernel_gradient
+    monkeypatch.setattr(convolution, "_kernel_gradient", lambda *args: products.append(1) or kernel_gradient(*args))
+    x, kernel = RNG.standard_normal((8, 4, 4, 64)), RNG.standard_normal((3, 3, 64, 64))
+
+    def function(x, kernel):
+        return enlarge(x, kernel, strides) if strides else convolve(x, kernel)
+
+    exact, rounded = (gradients(function, dtype, (x, kernel)) for dtype in ("float64", "bfloat16"))
+    assert products == [1]
+    for value, expected in zip(rounded, exact, strict=True):
+        assert np.square(value - expected).mean() < 0.01**2 * np.square(expected).mean()
