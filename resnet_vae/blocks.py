@@ -219,17 +219,20 @@ class ResidualBlock(layers.Layer):
             y = self.normalizations[0].biased(y, self.convolutions[0].bias, training)
             y = _without_bias(self.convolutions[1], ops.relu(y))
         y = ops.relu(self.normalizations[1].biased(y, self.convolutions[1].bias, training))
-        y, shifts = _normalized(self.convolutions[2], self.normalizations[2], y, training)
-        if self.learned_step:
-            y, shifts = y * ops.cast(self.step, y.dtype), [shift * self.step for shift in shifts]
+        shifts = []
         if enlarges and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
-            x, shifts = spread(x, self.strides), [*shifts, constant]
+            x, shifts = spread(x, self.strides), [constant]
         elif projects:
-            x, more = _normalized(self.shortcut, self.shortcut_bn, read, training)
-            shifts = shifts + more
+            x, shifts = _normalized(self.shortcut, self.shortcut_bn, read, training)
         elif self.shortcut_kind != "none":
             x = self._skip(x, training)
+        last = self.convolutions[2], self.normalizations[2], y, training
+        if self.learned_step:
+            y, more = _normalized(*last)
+            y, shifts = y * ops.cast(self.step, y.dtype), [*shifts, *(shift * self.step for shift in more)]
+        else:
+            y, shifts = _normalized(*last, shifts)
         y = y if self.shortcut_kind == "none" else y + x
         return ops.relu(ops.add(y, ops.cast(sum(shifts), y.dtype)) if shifts else y)
 
@@ -291,19 +294,20 @@ def _without_bias(convolution, x):
     return ops.conv(x, kernel, strides, padding="same") if strided else convolve(x, kernel)
 
 
-def _normalized(convolution, normalization, x, training):
-    """A 1×1 convolution of the positions that it reads, and its normalisation.
+def _normalized(convolution, normalization, x, training, shifts=()):
+    """A 1×1 convolution of the positions that it reads, and its normalisation, and what else has to be added to it.
 
     Not folded in bfloat16: the moments of exact outputs are not those of the rounded ones, and what is left of their
     difference, small as it is, adds up over all positions in the gradients.
 
     Returns:
-        (batch, height, width, filters), and a list of what has to be added to it, (filters,) each.
+        (batch, height, width, filters), and a list of what has yet to be added to it, (filters,) each.
     """
     if x.shape[-1] > FOLDED or keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        return normalization.biased(pointwise(x, matrix(convolution)), convolution.bias, training), []
+        y = pointwise(x, matrix(convolution))
+        return normalization.biased(y, convolution.bias, training, sum(shifts) if shifts else None), []
     folded, shift = fold(convolution, normalization, x, training)
-    return pointwise(x, folded), [shift]
+    return pointwise(x, folded), [shift, *shifts]
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -11,6 +11,7 @@ from keras import layers
 
 from resnet_vae.blocks import Repeated, conv_block, identity_block
 from resnet_vae.config import LAYERS, blocks_per_stage
+from resnet_vae.convolution import matrix, pointwise
 from resnet_vae.normalization import PACKAGE, BatchNormalization
 
 FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
@@ -43,6 +44,14 @@ class Bound(layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class Pointwise(layers.Conv2DTranspose):
+    """A transposed convolution of side 1 without strides, with a bias: the same function and the same weights."""
+
+    def call(self, x):
+        return self.activation(pointwise(x, matrix(self), self.bias))
 
 
 def stages(config, transpose=False):
@@ -181,7 +190,7 @@ def build_decoder(config, image_shape):
     x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
     x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
-    images = layers.Conv2DTranspose(
+    images = Pointwise(
         channels,
         1,
         activation="sigmoid",
