@@ -7,7 +7,7 @@ first block reads the image; a dense layer on either side of the latent.
 import math
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from resnet_vae.blocks import Repeated, conv_block, identity_block
 from resnet_vae.config import LAYERS, blocks_per_stage
@@ -23,7 +23,7 @@ LOG_VAR_RANGE = (-20.0, 10.0)  # beyond it a standard deviation is 0 or overflow
 def scale(images):
     """Bring images to [0, 1] in Keras's floatx: whole numbers are grey levels 0 to 255, floats are there already."""
     whole = "int" in keras.backend.standardize_dtype(images.dtype)
-    images = keras.ops.cast(images, keras.config.floatx())
+    images = ops.cast(images, keras.config.floatx())
     return images / 255.0 if whole else images
 
 
@@ -40,7 +40,7 @@ class Bound(layers.Layer):
     """Limit log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
 
     def call(self, x):
-        return keras.ops.clip(x, *LOG_VAR_RANGE)
+        return ops.clip(x, *LOG_VAR_RANGE)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -48,10 +48,16 @@ class Bound(layers.Layer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Pointwise(layers.Conv2DTranspose):
-    """A transposed convolution of side 1 without strides, with a bias: the same function and the same weights."""
+    """A transposed convolution of side 1 without strides, with a bias: the same function and the same weights.
+
+    The product is in the dtype of the input, which is not copied; bias, activation and output are in the layer's.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "autocast": False})
 
     def call(self, x):
-        return self.activation(pointwise(x, matrix(self), self.bias))
+        return self.activation(ops.cast(pointwise(x, matrix(self)), self.compute_dtype) + self.bias)
 
 
 def stages(config, transpose=False):

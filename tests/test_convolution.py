@@ -49,9 +49,11 @@ def gradients(function, dtype, arrays):
 @pytest.mark.parametrize(
     ("side", "strides"), [(3, None), (5, None), (3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1))]
 )
-def test_gradients_as_products(side, strides, monkeypatch):
-    """In float64, where they are not used, they are TensorFlow's own but for rounding errors."""
-    monkeypatch.setattr(convolution, "_has_quick_gradient", lambda x: True)
+@pytest.mark.parametrize("narrow", [True, False])
+def test_convolutions_for_onednn(side, strides, narrow, monkeypatch):
+    """In float64, where they are not used, they and their gradients are TensorFlow's own but for rounding errors."""
+    monkeypatch.setattr(convolution, "_is_for_onednn", lambda x: True)
+    monkeypatch.setattr(convolution, "_is_narrow", lambda x: narrow)
     x, kernel = RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((side, side, 5, 6))
     if strides:
         kernel = kernel.swapaxes(2, 3)
