@@ -47,10 +47,11 @@ class Bound(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class Pointwise(layers.Conv2DTranspose):
-    """A transposed convolution of side 1 without strides, with a bias: the same function and the same weights.
+class Conv2DTranspose(layers.Conv2DTranspose):
+    """Keras's transposed convolution, of side 1, without strides and with a bias, as a product of matrices.
 
-    The product is in the dtype of the input, which is not copied; bias, activation and output are in the layer's.
+    The product is in the dtype of the input, which is not copied; bias, activation and output are in the layer's. The
+    name is Keras's since files of weights are by the names of classes.
     """
 
     def __init__(self, *args, **kwargs):
@@ -196,7 +197,7 @@ def build_decoder(config, image_shape):
     x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
     x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
-    images = Pointwise(
+    images = Conv2DTranspose(
         channels,
         1,
         activation="sigmoid",

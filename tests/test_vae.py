@@ -11,7 +11,7 @@ from conftest import TINY
 from keras import ops
 from scipy import integrate, special, stats
 
-from resnet_vae import Config, build_vae
+from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW
@@ -469,3 +469,20 @@ def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):
     vae.save(tmp_path / "vae.keras")
     loaded = keras.saving.load_model(tmp_path / "vae.keras")
     np.testing.assert_array_equal(loaded.predict(few, verbose=0), vae.predict(few, verbose=0))
+
+
+def test_image_layer_is_kerass_own_on_disk_and_in_value(monkeypatch, tmp_path):
+    """Weights that were saved with Keras's layer in its place are read, and give the same images."""
+    config = Config(**TINY)
+    latents = RNG.standard_normal((3, config.latent_dim)).astype("float32")
+    with monkeypatch.context() as patched:
+        patched.setattr(networks, "Conv2DTranspose", keras.layers.Conv2DTranspose)
+        former = build_vae(config)
+    for weight in former.decoder.get_layer("image").weights:  # the kernel starts at zero
+        weight.assign(RNG.standard_normal(weight.shape))
+    former.save_weights(tmp_path / "former.weights.h5")
+    vae = build_vae(config)
+    vae.load_weights(tmp_path / "former.weights.h5")
+    images = [to_numpy(model.decoder(latents)) for model in (former, vae)]
+    np.testing.assert_allclose(*images, atol=1e-5)
+    assert images[0].std() > 0.01  # neither is a picture of one grey
