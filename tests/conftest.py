@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import numpy as np
 import pytest
 
 from resnet_vae import Config, load_data
@@ -42,8 +43,10 @@ def clean_environment(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def seeds():
-    """A test's networks start the same every time, whatever ran before it."""
+def seeds(request):
+    """A test's numbers and networks are the same every time, whatever ran before it."""
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
     if keras := sys.modules.get("keras"):
         keras.utils.set_random_seed(0)
 
