@@ -125,10 +125,12 @@ def _moments_tensorflow(x, covariance):
     @tf.custom_gradient
     def moments(x):
         rows = _precise(tf.reshape(x, (-1, x.shape[-1])))
-        count = tf.cast(tf.shape(rows)[0], rows.dtype)
+        number = tf.shape(rows)[0]
+        count = tf.cast(number, rows.dtype)
+        shares = tf.ones((1, number), rows.dtype) / count
 
         def average(rows):  # two to five times as fast as `tf.reduce_mean` over this axis
-            return tf.matmul(tf.ones((1, tf.shape(rows)[0]), rows.dtype), rows)[0] / count
+            return tf.squeeze(tf.matmul(shares, rows), 0)
 
         mean = average(rows)
         if covariance:

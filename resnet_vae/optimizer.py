@@ -5,6 +5,8 @@ from keras import ops
 
 from resnet_vae.normalization import PACKAGE
 
+LONG = 2**14  # numbers in a gradient from which a pass over it takes longer than preparing not to make it
+
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class AdamW(keras.optimizers.Adam):
@@ -72,14 +74,14 @@ class AdamW(keras.optimizers.Adam):
 
         if not all(isinstance(grad, tf.Tensor) for grad in grads):
             return super()._clip_gradients(grads)
-        # The same, but the gradients are passed over once where they are short enough, and not three times.
+        # The same, but long gradients are passed over once where the norm is small enough, and not three times.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(grad) for grad in grads]))
-
-        def shortened():
-            share = self.global_clipnorm / norm + (norm - norm)  # NaN where it is infinite, so that it is noticed
-            return [grad * share for grad in grads]
-
-        return tf.cond(norm <= self.global_clipnorm, lambda: grads, shortened)
+        short_enough = norm <= self.global_clipnorm
+        share = tf.where(short_enough, 1.0, self.global_clipnorm / norm + (norm - norm))  # NaN for one that is infinite
+        long = {number: grad for number, grad in enumerate(grads) if (grad.shape.num_elements() or LONG) >= LONG}
+        if long:
+            long = tf.cond(short_enough, lambda: long, lambda: {number: long[number] * share for number in long})
+        return [long[number] if number in long else grad * share for number, grad in enumerate(grads)]
 
     def get_config(self):
         return {**super().get_config(), "weight_decay": self.decoupled_decay, "decay": self.decay}
