@@ -61,18 +61,25 @@ def spread(images, count):
     return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
 
 
+def _predict(model, inputs, size=32):
+    """A model's outputs, a list, in batches of one size, the last one filled up: it is compiled once for all pictures."""
+    filled = np.concatenate([inputs, np.repeat(inputs[-1:], -len(inputs) % size, axis=0)])
+    outputs = model.predict(filled, batch_size=size, verbose=0)
+    return [output[: len(inputs)] for output in (outputs if isinstance(outputs, list) else [outputs])]
+
+
 def samples(run, vae, count=64):
     """Draw images that the decoder generates from latents of the prior."""
     latents = np.random.default_rng(SAMPLES_SEED).standard_normal((count, run.config.latent_dim), "float32")
-    images = vae.decoder.predict(latents, verbose=0)
+    (images,) = _predict(vae.decoder, latents)
     return grid(images, 8, f"samples from the prior, {describe(run)}")
 
 
 def reconstructions(run, vae, images, count=10):
     """Draw uint8 images above their reconstructions from the posterior's mean."""
     images = spread(images, count)
-    mean, _ = vae.encoder.predict(images, verbose=0)
-    decoded = vae.decoder.predict(mean, verbose=0)
+    mean, _ = _predict(vae.encoder, images)
+    (decoded,) = _predict(vae.decoder, mean)
     rows = np.concatenate([images / 255, decoded])
     return grid(rows, len(images), f"test images, {describe(run)}", ["image", "reconstruction"], side=0.7)
 
@@ -83,10 +90,10 @@ def interpolations(run, vae, images, count=6, steps=10):
     A single image is paired with itself.
     """
     pairs = spread(images, 2 * min(count, len(images) // 2)) if len(images) > 1 else np.concatenate([images, images])
-    mean, _ = vae.encoder.predict(pairs, verbose=0)
+    mean, _ = _predict(vae.encoder, pairs)
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
-    decoded = vae.decoder.predict(np.concatenate(lines), verbose=0)
+    (decoded,) = _predict(vae.decoder, np.concatenate(lines))
     return grid(decoded, steps, f"interpolations between test images, {describe(run)}")
 
 

@@ -506,6 +506,21 @@ def test_pictures_of_a_single_test_image(copied_run, images):
     assert all(imread(path).std() > 0 for path in drawn)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="it compiles nothing")
+def test_pictures_compile_encoder_and_decoder_once(copied_run, images, monkeypatch):
+    record, vae = load_run(copied_run)
+    traced = []
+    for part in (vae.encoder, vae.decoder):
+
+        def note(*args, _part=part, _call=part.call, **options):
+            traced.append(_part.name)
+            return _call(*args, **options)
+
+        monkeypatch.setattr(part, "call", note)
+    draw_run(record, vae, images)
+    assert sorted(traced) == ["decoder", "encoder"]
+
+
 def test_history_is_one_row_an_epoch(finished_run):
     with open(finished_run / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
