@@ -62,7 +62,7 @@ def spread(images, count):
 
 
 def _predict(model, inputs, size=32):
-    """A model's outputs, a list, in batches of one size, the last one filled up: it is compiled once for all pictures."""
+    """A model's outputs, a list, in batches of one size, the last filled up: it is compiled once for all pictures."""
     filled = np.concatenate([inputs, np.repeat(inputs[-1:], -len(inputs) % size, axis=0)])
     outputs = model.predict(filled, batch_size=size, verbose=0)
     return [output[: len(inputs)] for output in (outputs if isinstance(outputs, list) else [outputs])]
