@@ -23,7 +23,7 @@ from resnet_vae import Config, build_vae, load_data, load_run, train
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
 from resnet_vae.data import entropy_floor
-from resnet_vae.optimizer import AdamW, compile_vae
+from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
@@ -67,22 +67,24 @@ def test_what_is_fed_to_tensorflow_is_the_batches_and_does_not_tune_itself():
 
 def test_adamw_with_decay_is_the_formula():
     """Five steps against float64 NumPy: AdamW's update at a rate divided by 1 + decay × steps, of limited gradients."""
-    rate, decay, wd, b1, b2, eps, longest = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7, 1.0
-    gradients = np.random.default_rng(0).standard_normal((5, 3))
-    variable = keras.Variable(np.ones(3, "float32"))
+    rate, decay, wd, b1, b2, eps, longest = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7, 100.0
+    parts = slice(0, 3), slice(3, 3 + LONG)
+    gradients = np.random.default_rng(0).standard_normal((5, 3 + LONG)) * np.array([[2], [0.5], [1], [0.2], [3]])
+    variables = [keras.Variable(np.ones(part.stop - part.start, "float32")) for part in parts]
     lengths = np.linalg.norm(gradients, axis=1)
     assert lengths.min() < longest < lengths.max()
     optimizer = AdamW(rate, weight_decay=wd, decay=decay, global_clipnorm=longest)
-    expected, m, v = np.ones(3), 0.0, 0.0
+    expected, m, v = np.ones(3 + LONG), 0.0, 0.0
     for step, gradient in enumerate(gradients):
-        optimizer.apply([ops.convert_to_tensor(gradient, "float32")], [variable])
+        optimizer.apply([ops.convert_to_tensor(gradient[part], "float32") for part in parts], variables)
         gradient = gradient * min(1, longest / lengths[step])
         slowed = rate / (1 + decay * step)
         expected = expected * (1 - wd * slowed)
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
-        corrected = m / (1 - b1 ** (step + 1)) / (np.sqrt(v / (1 - b2 ** (step + 1))) + eps)
+        corrected = m / (1 - b1 ** (step + 1)) * np.sqrt(1 - b2 ** (step + 1)) / (np.sqrt(v) + eps)  # as Keras has ε
         expected = expected - slowed * corrected
-    np.testing.assert_allclose(ops.convert_to_numpy(variable), expected, rtol=1e-5)
+    for variable, part in zip(variables, parts, strict=True):
+        np.testing.assert_allclose(ops.convert_to_numpy(variable), expected[part], rtol=1e-5)
     assert float(ops.convert_to_numpy(optimizer.decayed(rate))) == pytest.approx(rate / (1 + 5 * decay))
     assert AdamW.from_config(optimizer.get_config()).decay == decay
 
