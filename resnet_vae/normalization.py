@@ -17,7 +17,8 @@ class BatchNormalization(layers.BatchNormalization):
     """Batch normalisation over all but the last axis, in the dtype of its input.
 
     The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow images are normalised by
-    one fused operation, with float32 statistics, instead of ten small ones, where the weights are float32.
+    one fused operation, with float32 statistics, instead of ten small ones, where the weights are float32. On JAX one
+    pass over the input gives both moments, and its gradient takes two passes.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -49,10 +50,32 @@ class BatchNormalization(layers.BatchNormalization):
 
     def _fuses(self, inputs):
         simple = self.scale and self.center and not (self.renorm or self.synchronized)
-        images = len(inputs.shape) == 4 and self.axis in (-1, 3) and self.variable_dtype == "float32"
-        return keras.backend.backend() == "tensorflow" and simple and images
+        simple = simple and self.axis in (-1, len(inputs.shape) - 1)
+        if keras.backend.backend() == "tensorflow":
+            return simple and len(inputs.shape) == 4 and self.variable_dtype == "float32"
+        precise = self.variable_dtype in ("float32", "float64") and keras.backend.is_float_dtype(inputs.dtype)
+        return keras.backend.backend() == "jax" and simple and precise
 
     def _fused(self, inputs, bias, shift, training):
+        fused = self._fused_tensorflow if keras.backend.backend() == "tensorflow" else self._fused_jax
+        return fused(inputs, bias, shift, training)
+
+    def _fused_jax(self, inputs, bias, shift, training):
+        x, bias = _precise(inputs), 0.0 if bias is None else _precise(bias)
+        if training and self.trainable:
+            origin = _origin(x)
+            x = x - origin
+            mean, variance = _moments_about(x)
+            self._remember(mean + origin + bias, variance)
+            bias = 0.0 * bias
+        else:
+            mean, variance = self.moving_mean - bias, self.moving_variance
+            bias = 0.0
+        scale = self.gamma * ops.rsqrt(variance + self.epsilon)
+        shift = bias + (self.beta if shift is None else self.beta + shift)
+        return ops.cast(x * scale + (shift - mean * scale), inputs.dtype)
+
+    def _fused_tensorflow(self, inputs, bias, shift, training):
         import tensorflow as tf
 
         normalize = tf.compat.v1.nn.fused_batch_norm
@@ -100,22 +123,38 @@ def _bias(convolution):
     return _precise(ops.convert_to_tensor(convolution.bias)) if convolution.use_bias else 0.0
 
 
+def _origin(x):
+    """The first of all positions of x (…, channels), as a constant (channels,).
+
+    Moments are taken about it: differences of large squares would be rounding errors where the mean is far from zero
+    for the spread, and the mean itself, which is as good, would have to be known first, a pass over x more.
+    """
+    return ops.stop_gradient(ops.reshape(x, (-1, x.shape[-1]))[0])
+
+
+def _moments_about(x):
+    """Mean and variance, (channels,) each, of x (…, channels) that is near zero for its spread, in one pass over it."""
+    axes = tuple(range(len(x.shape) - 1))
+    mean = ops.mean(x, axis=axes)
+    return mean, ops.maximum(ops.mean(ops.square(x), axis=axes) - ops.square(mean), 0.0)  # rounded, 0 may be less
+
+
 def _moments(x, covariance):
     """Mean (channels,) of x (batch, height, width, channels), and its variance, (channels,).
 
-    With `covariance`, the covariances of any two channels instead, (channels, channels). What is less the mean is
-    squared: differences of large squares would be rounding errors where the mean is far above the spread.
+    With `covariance`, the covariances of any two channels instead, (channels, channels).
     """
     if keras.backend.backend() == "tensorflow":
         return _moments_tensorflow(x, covariance)
     rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
-    mean = ops.mean(rows, axis=0)
-    rows = rows - ops.stop_gradient(mean)  # the moments about it, a constant, take one pass less in the gradient
-    off = mean - ops.stop_gradient(mean)  # zero, and what the second derivatives need
+    origin = _origin(rows)
+    rows = rows - origin
     if not covariance:
-        return mean, ops.mean(ops.square(rows), axis=0) - ops.square(off)
+        mean, variance = _moments_about(rows)
+        return origin + mean, variance
+    mean = ops.mean(rows, axis=0)
     second = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
-    return mean, second - ops.outer(off, off)
+    return origin + mean, second - ops.outer(mean, mean)
 
 
 def _moments_tensorflow(x, covariance):

@@ -181,7 +181,7 @@ class Training(keras.callbacks.Callback):
         self.began = 0.0  # when the epoch began
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.interval, self.signal, self.bar = config.checkpoint_seconds, None, None
-        self.metrics = self.best_weights = None
+        self.metrics = self.best_weights = self.loss = None
 
         loaded = checkpoints.load(folder)
         if loaded:
@@ -222,6 +222,7 @@ class Training(keras.callbacks.Callback):
             RecordError: it cannot be written.
             DivergenceError: a weight is not finite.
         """
+        self._check_loss()
         began = self._clock()
 
         def arrays():
@@ -266,15 +267,22 @@ class Training(keras.callbacks.Callback):
         self.metrics = None
 
     def on_train_batch_end(self, batch, logs=None):
-        self.step += 1
-        loss = float(logs["loss"])
+        self._check_loss()  # of the step before, while a GPU computes this one
+        self.step, self.loss = self.step + 1, logs["loss"]
+        if self.bar is not None:
+            self.bar.update()
+        if self.step < self.steps:  # after the last one, the epoch's figures are still to be taken
+            self._look_up()
+
+    def _check_loss(self):
+        """Wait for the last step's loss, which must be a number."""
+        if self.loss is None:
+            return
+        loss, self.loss = float(self.loss), None
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         if self.bar is not None:
-            self.bar.update()
             self.bar.set_postfix({"epoch": len(self.rows) + 1, "loss": f"{loss:.1f}"}, refresh=False)
-        if self.step < self.steps:  # after the last one, the epoch's figures are still to be taken
-            self._look_up()
 
     def on_test_batch_end(self, batch, logs=None):
         self._look_up()
@@ -334,6 +342,7 @@ class Training(keras.callbacks.Callback):
             epoch = len(self.rows)
             batches = Batches(data.train, config.batch_size, config.seed, epoch, self.step, config.augment)
             self.vae.fit(feed(batches), shuffle=False, verbose=0, callbacks=[self])
+            self._check_loss()
         if self.figures is None:
             self.figures = {name: float(value) for name, value in self.vae.get_metrics_result().items()}
         if config.norm_batches:  # once more where a validation was interrupted: the same weights, the same batches

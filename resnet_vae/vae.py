@@ -224,17 +224,34 @@ class VAE(keras.Model):
 
 
 def devices():
-    """List the devices that the backend computes on, as "gpu:0"."""
-    if keras.backend.backend() != "torch":
-        return keras.distribution.list_devices()
+    """List the devices that the backend computes on, as "gpu:0, NVIDIA H200", or as "cpu:0"."""
+    gpus = [f"gpu:{number}, {name}" for number, (name, _) in enumerate(_gpus())]
+    return gpus or (["cpu:0"] if keras.backend.backend() == "torch" else keras.distribution.list_devices())
+
+
+def _gpus():
+    """The name and the compute capability of each NVIDIA GPU that the backend computes on."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+        return [(each.get("device_name", "unknown"), each.get("compute_capability", (0, 0))) for each in details]
+    if backend == "jax":
+        import jax
+
+        gpus = [device for device in jax.devices() if device.platform == "gpu"]
+        versions = [str(getattr(gpu, "compute_capability", "0.0")).split(".") for gpu in gpus]
+        return [(gpu.device_kind, tuple(map(int, each))) for gpu, each in zip(gpus, versions, strict=True)]
     import torch
 
-    return [f"gpu:{number}" for number in range(torch.cuda.device_count())] or ["cpu:0"]
+    numbers = range(torch.cuda.device_count())
+    return [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)) for number in numbers]
 
 
 def worth_compiling():
     """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
-    return keras.backend.backend() != "tensorflow" or any("gpu" in device for device in devices())
+    return keras.backend.backend() != "tensorflow" or bool(_gpus())
 
 
 def precision(config):
@@ -249,21 +266,10 @@ def precision(config):
 
 
 def _computes_in_bfloat16():
-    backend = keras.backend.backend()
-    if any("gpu" in device for device in devices()):
-        if backend == "tensorflow":
-            import tensorflow as tf
-
-            gpu = tf.config.list_physical_devices("GPU")[0]
-            return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0)) >= (8, 0)
-        if backend == "jax":
-            import jax
-
-            return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 8
-        import torch
-
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return backend != "jax" and processor_prefers_bfloat16()
+    gpus = _gpus()
+    if gpus:
+        return gpus[0][1] >= (8, 0)
+    return keras.backend.backend() != "jax" and processor_prefers_bfloat16()
 
 
 def build_vae(config, image_shape=None):

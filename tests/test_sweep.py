@@ -137,9 +137,9 @@ def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
 @pytest.mark.parametrize(
     ("sees", "given", "told"),
     [
-        ("jax", {}, "jax 1 256 published 28:60 40:50 70:40 100:30 false"),
-        ("tensorflow", {}, "tensorflow 1 256 published 28:60 40:50 70:40 100:30 false"),
-        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 256 elbo 28:60"),
+        ("jax", {}, "jax 1 250 published 28:60 40:50 70:30 100:25 false"),
+        ("tensorflow", {}, "tensorflow 1 250 published 28:60 40:50 70:30 100:25 false"),
+        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 250 elbo 28:60"),
         ("nothing", {}, "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one"),
     ],
 )

@@ -15,7 +15,7 @@ from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
 from resnet_vae.optimizer import AdamW
-from resnet_vae.vae import VAE, Sampling, kl_divergence, precision, reconstruction_loss
+from resnet_vae.vae import VAE, Sampling, devices, kl_divergence, precision, reconstruction_loss
 
 RNG = np.random.default_rng(0)
 
@@ -409,6 +409,11 @@ def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
     processor("GenuineIntel", "fpu avx512_bf16 amx_bf16")
     assert precision(Config()) == ("float32" if keras.backend.backend() == "jax" else "mixed_bfloat16")
     processor("AuthenticAMD", "fpu avx512f avx512_bf16")
+    for name, capability, expected in (("Tesla T4", (7, 5), "float32"), ("NVIDIA H200", (9, 0), "mixed_bfloat16")):
+        with monkeypatch.context() as gpu:
+            gpu.setattr("resnet_vae.vae._gpus", lambda found=(name, capability): [found])
+            assert precision(Config()) == expected
+            assert devices() == [f"gpu:0, {name}"]
     vae = build_vae(Config(**{**TINY, "precision": "auto"}))
     dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
     assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype
