@@ -353,11 +353,10 @@ def main(arguments=None):
     for case in chosen.cases:
         try:
             rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.seconds)
+            write(chosen.folder, rows)  # so that an interruption costs one case
         except BenchmarkError as error:
             print(f"error: {case}: {error}; the case is left out", file=sys.stderr)
             failed.append(case)
-    if rows:
-        write(chosen.folder, rows)
     return 1 if failed else 0
 
 

@@ -137,9 +137,9 @@ def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
 @pytest.mark.parametrize(
     ("sees", "given", "told"),
     [
-        ("jax", {}, "jax 1 250 published 28:60 40:50 70:30 100:25 false"),
-        ("tensorflow", {}, "tensorflow 1 250 published 28:60 40:50 70:30 100:25 false"),
-        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 250 elbo 28:60"),
+        ("jax", {}, "jax 1 250 flip published 28:36 40:30 70:14 100:10"),
+        ("tensorflow", {}, "tensorflow 1 250 flip published 28:36 40:30 70:14 100:10"),
+        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 250 flip elbo 28:36"),
         ("nothing", {}, "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one"),
     ],
 )
@@ -150,7 +150,7 @@ def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, to
         "python": f"""
             case "$*" in
               *devices*) case "$*" in *"import {sees}"* | *"sys, {sees}"*) exit 0 ;; *) exit 1 ;; esac ;;
-              *) echo $KERAS_BACKEND $WIDTH $BATCH_SIZE $OBJECTIVE $DEPTHS $XLA_PYTHON_CLIENT_PREALLOCATE >&2; exit 2 ;;
+              *) echo $KERAS_BACKEND $WIDTH $BATCH_SIZE $AUGMENT $OBJECTIVE $DEPTHS >&2; exit 2 ;;
             esac""",
     }
     for name, script in stand_ins.items():
