@@ -310,22 +310,24 @@ def write_ran_on(folder):
 
 
 def draw(rows):
-    """A panel a case: a bar a contestant, with the range over the rounds."""
+    """A panel a case: a bar a contestant, with the range over the rounds. Of one contestant a panel: a bar a case."""
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    across = min(2, len(cases))
-    down = -(-len(cases) // across)
-    figure = Figure(figsize=(5.2 * across, 2.6 * down), layout="constrained")
-    for axes, case in zip(figure.subplots(down, across, squeeze=False).flat, cases, strict=False):
-        own = [row for row in rows if row["case"] == case][::-1]
-        names, speeds = [row["contestant"] for row in own], [row["images_per_second"] for row in own]
+    alone = len({row["contestant"] for row in rows}) == 1
+    panel, bar = ("contestant", "case") if alone else ("case", "contestant")
+    titles = list(dict.fromkeys(row[panel] for row in rows))
+    across = min(2, len(titles))
+    down = -(-len(titles) // across)
+    figure = Figure(figsize=((7 if alone else 5.2) * across, 2.6 * down), layout="constrained")
+    for axes, title in zip(figure.subplots(down, across, squeeze=False).flat, titles, strict=False):
+        own = [row for row in rows if row[panel] == title][::-1]
+        names, speeds = [row[bar] for row in own], [row["images_per_second"] for row in own]
         ranges = [[row["images_per_second"] - row["lowest"] for row in own]]
         ranges.append([row["highest"] - row["images_per_second"] for row in own])
-        colors = ["tab:blue" if name.startswith("resnet_vae") else "tab:gray" for name in names]
+        colors = ["tab:blue" if row["contestant"].startswith("resnet_vae") else "tab:gray" for row in own]
         axes.barh(names, speeds, xerr=ranges, color=colors)
-        axes.set(title=case, xlabel="training, images a second")
-    for axes in figure.axes[len(cases) :]:
+        axes.set(title=title, xlabel="training, images a second")
+    for axes in figure.axes[len(titles) :]:
         axes.remove()
     return figure
 
