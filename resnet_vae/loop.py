@@ -53,7 +53,22 @@ def scan(function, x, stacks, outputs=(), remat=False):
         finally:
             within_loop.reset(token)
 
-    return ops.scan(keras.remat(step) if remat else step, x, stacks)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        step = jax.checkpoint(step, policy=None if remat else _is_kept, prevent_cse=False)  # a loop needs no such care
+    elif remat:
+        step = keras.remat(step)
+    return ops.scan(step, x, stacks)
+
+
+def _is_kept(primitive, *_, **__):
+    """Whether a loop on JAX keeps an operation's result for the gradient: what takes longer than reading it again.
+
+    By itself JAX keeps whatever the gradient reads, normalised images, masks and copies in float32 among it, three to
+    four times as much. It is computed again from what is kept, as XLA does where there is no loop.
+    """
+    return primitive.name in ("dot_general", "conv_general_dilated", "custom_vjp_call", "reduce_sum")
 
 
 def _scan_tensorflow(function, x, stacks, outputs, remat):

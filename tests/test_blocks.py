@@ -457,6 +457,35 @@ def test_the_other_order_of_axes_is_refused():
         keras.config.set_image_data_format("channels_last")
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
+def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
+    """Of each block its input and three outputs in bfloat16, besides vectors and kernels."""
+    import jax
+
+    count, positions = 3, (4, 8, 8)
+    loop = Repeated(count, (8, 8, 32), dtype="mixed_bfloat16")
+    x = jax.numpy.asarray(RNG.standard_normal((*positions, 32)), "bfloat16")
+    loop.build(x.shape)
+    moving = [variable.value for variable in loop.non_trainable_variables]
+
+    def loss(weights):
+        return loop.stateless_call(weights, moving, x, training=True)[0].astype("float32").sum()
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation
+            for value in equation.params.values():
+                yield from loops(getattr(value, "jaxpr", value)) if hasattr(value, "eqns") else ()
+
+    traced = jax.make_jaxpr(jax.grad(loss))([variable.value for variable in loop.trainable_variables])
+    forward = next(equation for equation in loops(traced.jaxpr) if not equation.params["reverse"])
+    size = count * np.prod(positions)
+    kept = [variable.aval for variable in forward.outvars[1:] if variable.aval.size >= size]  # the first is the last x
+    assert sorted(each.size // size for each in kept) == [8, 8, 32, 32]
+    assert {each.dtype.name for each in kept} == {"bfloat16"}
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's transformations")
 @pytest.mark.parametrize("kind", ["identity", "projection", "transposed"])
 def test_second_derivatives_on_jax(kind):
