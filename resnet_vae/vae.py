@@ -70,7 +70,17 @@ def _restart(generator):
     state.assign(ops.convert_to_tensor([seed, 0], dtype=state.dtype))
 
 
-class _Calibration(keras.Model):
+class _Model(keras.Model):
+    """A Model that has its state on JAX set as it is: Keras looks for layers in its hundreds of arrays at each step."""
+
+    def __setattr__(self, name, value):
+        if name == "_jax_state":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class _Calibration(_Model):
     """A VAE's encoder and decoder as in training, for the moving averages that this moves: images → a one a batch."""
 
     def __init__(self, encoder, decoder, sampler, **kwargs):
@@ -86,7 +96,7 @@ class _Calibration(keras.Model):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class VAE(keras.Model):
+class VAE(_Model):
     """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
 
     Images are uint8 grey levels, or floats in [0, 1]; the output is the reconstruction in [0, 1] from a sample of
