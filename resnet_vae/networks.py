@@ -197,12 +197,5 @@ def build_decoder(config, image_shape):
     x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
     x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
-    images = Conv2DTranspose(
-        channels,
-        1,
-        activation="sigmoid",
-        kernel_initializer="zeros" if config.initialization == "identity" else "glorot_uniform",
-        dtype="float32",
-        name="image",
-    )(x)
+    images = Conv2DTranspose(channels, 1, activation="sigmoid", dtype="float32", name="image")(x)
     return keras.Model(latents, images, name="decoder")

@@ -166,6 +166,15 @@ def test_what_is_trained_on_minimises_the_whole_kl(finished_run, images):
     assert float(minimised) == pytest.approx(float(figures["loss"]), abs=1e-3)
 
 
+def test_reconstructions_of_dark_images_become_bright(finished_run):
+    """Above what the last layer's bias gives, which is the most where all its weights are negative."""
+    run, vae = load_run(finished_run)
+    images = load_data(run.config).test
+    bias = float(vae.decoder.get_layer("image").bias[0])
+    assert images.mean() < 100
+    assert vae.predict(images, verbose=0).max() > 1 / (1 + np.exp(-bias)) + 0.2
+
+
 def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     run, _ = load_run(finished_run)
     np.savez(tmp_path / "again.npz", x_train=load_data(run.config).train, x_test=load_data(run.config).test)
