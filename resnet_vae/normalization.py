@@ -124,12 +124,12 @@ def _bias(convolution):
 
 
 def _origin(x):
-    """The first of all positions of x (…, channels), as a constant (channels,).
+    """What is in the middle of the first image of x (batch, …, channels), as a constant (channels,).
 
     Moments are taken about it: differences of large squares would be rounding errors where the mean is far from zero
-    for the spread, and the mean itself, which is as good, would have to be known first, a pass over x more.
+    for the spread, and the mean itself would have to be known first, a pass over x more.
     """
-    return ops.stop_gradient(ops.reshape(x, (-1, x.shape[-1]))[0])
+    return ops.stop_gradient(x[0, *((side or 0) // 2 for side in x.shape[1:-1])])
 
 
 def _moments_about(x):
@@ -146,9 +146,8 @@ def _moments(x, covariance):
     """
     if keras.backend.backend() == "tensorflow":
         return _moments_tensorflow(x, covariance)
-    rows = _precise(ops.reshape(x, (-1, x.shape[-1])))
-    origin = _origin(rows)
-    rows = rows - origin
+    origin = _origin(_precise(x))
+    rows = _precise(ops.reshape(x, (-1, x.shape[-1]))) - origin
     if not covariance:
         mean, variance = _moments_about(rows)
         return origin + mean, variance
