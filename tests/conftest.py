@@ -34,6 +34,11 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files of the longest tests, or else one of two workers has them for itself in the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_notebooks", "test_resumption", "test_benchmarks"))
+
+
 def once(reason):
     """Mark a slow test of what is the same on every backend: it runs on TensorFlow."""
     return pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason=reason)
