@@ -12,6 +12,8 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 PICTURES = (".png", ".pdf")
 DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
@@ -150,6 +152,9 @@ def _table(arguments):
 
     table = results.write_table(arguments.folder)
     figures = plots.draw_sweep(read_sweep(arguments.folder), arguments.folder)
+    begun = sorted(path.parent for path in arguments.folder.glob("*/config.json"))
+    if unfinished := [folder.name for folder in begun if not (folder / "metrics.json").exists()]:
+        print(f"left out, since they are not finished: {', '.join(unfinished)}", file=sys.stderr)
     print(table, *figures, sep="\n")
 
 
@@ -201,12 +206,14 @@ COMMANDS = {
 }
 
 
-def _refuse(word, command):
-    """Tell of a word that no command takes."""
+def _refuse(word, arguments):
+    """Tell of a word that a command does not take."""
+    command = arguments.command
     what, meant = "is one argument too many", ""
     if word.startswith("-"):
         what = f"is no option of {command}"
-        meant = did_you_mean(word.partition("=")[0].strip("-").replace("-", "_"), Config.model_fields, _flag)
+        if hasattr(arguments, "epochs"):  # one that takes settings
+            meant = did_you_mean(word.partition("=")[0].strip("-").replace("-", "_"), Config.model_fields, _flag)
     raise UserError(f"{word} {what} (see python -m resnet_vae {command} --help){meant}")
 
 
@@ -216,7 +223,7 @@ def main():
     arguments, rest = _parser().parse_known_args()
     try:
         if rest:
-            _refuse(rest[0], arguments.command)
+            _refuse(rest[0], arguments)
         code = COMMANDS[arguments.command](arguments) or 0
         sys.stdout.flush()
         return code

@@ -73,6 +73,11 @@ def save(folder, values, arrays):
         ) from None
 
 
+def exists(folder):
+    """Whether a folder has a checkpoint, whole or not."""
+    return any(Path(folder, name).exists() for name in NAMES[:2])
+
+
 def load(folder):
     """Read the newest checkpoint that is whole; of one that is not, a line on stderr tells.
 

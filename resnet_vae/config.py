@@ -143,7 +143,15 @@ def _parse_augmentations(value):
     return () if value == "none" else parse_words(value)
 
 
-Augmentations = Annotated[tuple[Literal[AUGMENTATIONS], ...], BeforeValidator(_parse_augmentations)]
+def _in_order(words):
+    """The words as they are applied, each once: in whatever order they are given, they are the same recipe."""
+    return tuple(word for word in AUGMENTATIONS if word in words)
+
+
+Augmentations = Annotated[
+    tuple[Literal[AUGMENTATIONS], ...], BeforeValidator(_parse_augmentations), AfterValidator(_in_order)
+]
+PathText = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]
 Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
@@ -266,7 +274,7 @@ class Config(Settings):
     preset: Literal["default", "published"] = Field(
         "default", description="published: the post's recipe; whatever else is set takes precedence over it"
     )
-    dataset: str = Field(
+    dataset: PathText = Field(
         "cifar10",
         min_length=1,
         description=f"{', '.join(DATASETS)}, or the path of a folder of images or of an .npz file",
@@ -370,7 +378,7 @@ class Config(Settings):
     checkpoint_seconds: float = Field(
         30.0, ge=0, description="least time between checkpoints; never less than 100 times the time of writing one"
     )
-    outdir: str = Field("", description="the run's folder (default: runs/DATASET-depth-DEPTH)")
+    outdir: PathText = Field("", description="the run's folder (default: runs/DATASET-depth-DEPTH)")
     cmdline: bool = Field(False, description="plain output, one line per epoch, without progress bars and widgets")
 
     def __init__(self, **values):
@@ -430,7 +438,7 @@ def _explain(error, given, known):
             lines[name] = f"{name} is no setting{did_you_mean(name, known)}"
             continue
         expected = finding["msg"].removeprefix("Value error, ")
-        if name == "image_shape" and len(finding["loc"]) > 1:  # a part of it
+        if name == "image_shape" and finding["type"] != "value_error":  # a part of it, or its length
             expected = "expected height, width and channels, as 32x32x3"
         lines[name] = f"{name} is {given.get(name)!r}: {expected[0].lower()}{expected[1:]}"
     return "\n".join(lines.values())

@@ -133,7 +133,7 @@ def check_dataset(dataset, setting="DATASET"):
         DataError: it is neither; the text names the setting.
     """
     path = Path(dataset).expanduser()
-    if not (dataset in DATASETS or path.is_dir() or (path.suffix == ".npz" and path.is_file())):
+    if not (dataset in DATASETS or path.is_dir() or (path.suffix.lower() == ".npz" and path.is_file())):
         raise DataError(
             f"{setting} is {dataset!r}: neither one of {', '.join(DATASETS)}, nor a folder of images, nor an .npz file"
         )
@@ -203,7 +203,8 @@ def augment(images, words, rng):
 def _hold_out(name, part, count, seed):
     """Part `count` images, chosen by seed, from the others: two views of the arrays, whose order is changed."""
     if count < 1:
-        raise DataError(f"{name}: {len(part.images)} images are too few to hold some out; at least 10 are needed")
+        told = f"{name}: {len(part.images)} images are too few to hold some out"
+        raise DataError(f"{told}; at least 10 are needed, 11 where test images are held out as well")
     keep = len(part.images) - count
     chosen = np.sort(np.random.default_rng(seed).permutation(len(part.images))[:count])
     early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(part.images)), chosen)
@@ -235,7 +236,8 @@ def _resize(images, shape):
     height, width, channels = shape
     given = images.shape[-1]
     if given != channels and {given, channels} - set(MODES):
-        raise DataError(f"images of {given} channels cannot be brought to the IMAGE_SHAPE's {channels}")
+        told = f"images of {given} channels cannot be brought to IMAGE_SHAPE's {channels}"
+        raise DataError(f"{told}; set IMAGE_SHAPE={height}x{width}x{given}")
     resized = np.empty((len(images), *shape), "uint8")
     for image, target in zip(images, resized, strict=True):
         if given != channels:
@@ -353,7 +355,8 @@ def _npz(path):
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
     for role, those in known.items():
         if len(those) > 1:
-            raise DataError(f"{path} has arrays {' and '.join(those)}; expected one of {role}, to know which is meant")
+            what = role if "labels" in role else f"{role} images"
+            raise DataError(f"{path} has arrays {' and '.join(those)}; expected one of them: each may be the {what}")
     if "train" not in found:
         raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
     return tuple(
@@ -386,7 +389,7 @@ def _levels(path, images):
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.dtype.kind not in "uif" or 0 in images.shape[1:]:
+    if images.ndim != 4 or images.dtype.kind not in "buif" or 0 in images.shape[1:]:
         raise DataError(
             f"{path}: an array is {images.dtype} of shape {images.shape}; expected numbers (images, height, width) or "
             "(images, height, width, channels), each side at least 1"
@@ -396,10 +399,17 @@ def _levels(path, images):
             f"{path}: an array of shape {images.shape} looks like (images, channels, height, width); expected the "
             "channels last: save array.transpose(0, 2, 3, 1)"
         )
-    if images.dtype == "uint8" or not images.size:
-        return images.astype("uint8", copy=False)
+    if not images.size:
+        return images.astype("uint8")
     low, high = float(images.min()), float(images.max())
-    limit = 1 if images.dtype.kind == "f" else 255
+    if high == 1 and images.dtype.kind in "ui":
+        raise DataError(
+            f"{path}: {images.dtype} images run from {low:g} to 1, and whole numbers are grey levels from 0 to 255; "
+            "expected floats or truth values for black and white: save array.astype(bool)"
+        )
+    if images.dtype == "uint8":
+        return images
+    limit = 255 if images.dtype.kind in "ui" else 1
     if not (low >= 0 and high <= limit):  # also when not finite
         raise DataError(
             f"{path}: {images.dtype} images run from {low:g} to {high:g}; expected 0 to {limit} "

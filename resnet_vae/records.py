@@ -111,8 +111,13 @@ def _read_history(path):
     needed = ["epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)]
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+            rows = list(csv.DictReader(file))
+        if any(None in (*row, *row.values()) for row in rows):
+            raise ValueError("expected as many values in each row as there are columns")
+        history = [{name: float(value) for name, value in row.items()} for row in rows]
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
     if not history or not history[0].keys() >= set(needed):
         raise RecordError(f"{path} cannot be read: expected columns {', '.join(needed)}, and one row per epoch")
@@ -138,7 +143,9 @@ def read_sweep(folder):
 
 
 def check_sweep(folder):
-    """Refuse the folder of a single run where that of a sweep is expected."""
+    """Refuse a file, or the folder of a single run, where the folder of a sweep is expected."""
+    if folder.exists() and not folder.is_dir():
+        raise RecordError(f"{folder} is no folder; expected that of a sweep")
     if (folder / "config.json").exists():
         raise RecordError(f"{folder} is a run; expected a sweep, the folder above it")
 
@@ -152,7 +159,8 @@ def model_of(folder):
     path = Path(folder) / "model.keras"
     if not path.exists():
         raise RecordError(
-            f"{path} is missing; models are not kept in git: train again with the settings in the run's config.json"
+            f"{path} is missing; models are not kept in git: train again, in another OUTDIR, with the settings in the "
+            "run's config.json"
         )
     return path
 
@@ -291,7 +299,9 @@ def read_json(path):
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise RecordError(f"{path} is missing; is {path.parent} the folder of a finished run?") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from resnet_vae import checkpoints
 from resnet_vae.config import Config, ConfigError, UserError, did_you_mean
 from resnet_vae.data import check_dataset
-from resnet_vae.records import is_finished
+from resnet_vae.records import check_sweep, is_finished
 
 DEFAULTS = {"SWEEP": "DEPTHS", "DEPTHS": "28 40 70 100"}
 RUNNERS = ("notebook", "command")
@@ -26,13 +26,17 @@ def runs_of(folder, environ=None):
         environ: a mapping, by default os.environ.
 
     Raises:
+        RecordError: the folder is that of a run, or none.
         ConfigError: listing every mistake in the sweep's names, or else every mistake in its values, each once.
     """
     environ = os.environ if environ is None else environ
     environ = {name: value for name, value in environ.items() if value.strip()}
+    check_sweep(Path(folder))
     runs, alike, problems = {}, {}, []
     if environ.get("RUNNER", RUNNERS[0]) not in RUNNERS:
         problems.append(f"RUNNER is {environ['RUNNER']!r}; expected {' or '.join(RUNNERS)}")
+    if "OUTDIR" in environ:
+        problems.append(f"OUTDIR is {environ['OUTDIR']!r}, and a sweep's folder is its argument; expected OUTDIR unset")
     if "EVALUATE" in environ:
         problems += _told(check_dataset, environ["EVALUATE"], "EVALUATE")
 
@@ -58,7 +62,7 @@ def _told(check, *arguments):
     try:
         check(*arguments)
     except UserError as error:
-        return str(error).splitlines()
+        return str(error).replace("another OUTDIR", "another folder for the sweep").splitlines()
     return []
 
 

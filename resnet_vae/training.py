@@ -48,12 +48,12 @@ class DivergenceError(TrainingError):
 
 
 class InterruptedTrainingError(UserError):
-    """Training stopped by a signal, after its checkpoint was written."""
+    """Training stopped by a signal, after its checkpoint was written if there was something to save."""
 
     def __init__(self, number, folder):
         self.exit_code = 128 + number  # as shells tell it
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; the same command goes on from the checkpoint in {folder}")
+        then = f"goes on from the checkpoint in {folder}" if checkpoints.exists(folder) else "begins anew"
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command {then}")
 
 
 class BusyError(UserError):
@@ -294,16 +294,16 @@ class Training(keras.callbacks.Callback):
             raise InterruptedTrainingError(self.signal, self.folder)
 
     def _on_signal(self, number, frame):
-        if self._position() == self.saved:  # nothing to save, nothing to wait for
-            raise InterruptedTrainingError(number, self.folder)
         self.signal = number
+        if self._position() == self.saved:  # nothing to save, nothing to wait for
+            raise KeyboardInterrupt  # which passes through all that Keras and TensorFlow catch; `run` tells of it
 
     def run(self):
         """Train to the end.
 
         Raises:
             DivergenceError: a loss or a weight is not finite.
-            InterruptedTrainingError: SIGINT or SIGTERM came; the checkpoint is written.
+            InterruptedTrainingError: SIGINT or SIGTERM came; what was trained is saved.
         """
         handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -319,6 +319,10 @@ class Training(keras.callbacks.Callback):
                 self._run_epoch()
             if self.saved != self._position():
                 self.save()
+        except KeyboardInterrupt:
+            if not self.signal:
+                raise
+            raise InterruptedTrainingError(self.signal, self.folder) from None
         finally:
             if self.bar is not None:
                 self.bar.close()
@@ -422,11 +426,15 @@ def train(config, data=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", timeout=0):
-            if not is_finished(config, data):  # by another process meanwhile
-                _train(config, data, folder)
-            (folder / "lock").unlink(missing_ok=True)
+            try:
+                if not is_finished(config, data):  # by another process meanwhile
+                    _train(config, data, folder)
+            finally:
+                (folder / "lock").unlink(missing_ok=True)
     except filelock.Timeout:
         raise BusyError(f"{folder} is in use by another process, which trains there") from None
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except OSError as error:
         raise RecordError(
             f"{error.filename or folder} cannot be written: {error.strerror}; choose another OUTDIR, or make room"

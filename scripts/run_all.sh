@@ -33,9 +33,10 @@ if [ -z "${RUNNER:-}" ]; then
 fi
 
 failed=()
+evaluated=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "${EVALUATE:-}") # as a record has it
 evaluate() { # a finished run, once
   [ -z "${EVALUATE:-}" ] && return
-  grep -qsF "\"dataset\": \"$EVALUATE\"" "$1"/evaluation-*.json && return
+  grep -qsF "\"dataset\": $evaluated" "$1"/evaluation-*.json && return
   "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
 }
 

@@ -18,6 +18,9 @@ export OUTDIR=${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}
 export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 export NOTEBOOK_FOLDER=$OUTDIR
 "${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message
-mkdir -p "$OUTDIR"
+if ! mkdir -p "$OUTDIR" 2> /dev/null; then
+  echo "error: OUTDIR is '$OUTDIR', which cannot be made; expected a folder that can be written" >&2
+  exit 2
+fi
 exec "${PYTHON:-python}" -m jupyter nbconvert --config "$scripts/nbconvert_config.py" --log-level=WARN --to notebook \
   --execute "$1" --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1

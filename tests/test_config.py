@@ -211,6 +211,11 @@ def test_values_and_where_they_came_from():
         assert any(line.startswith(name.upper()) for line in config.describe().splitlines())
 
 
+def test_what_means_the_same_is_the_same():
+    assert Config(augment="shift,flip shift") == Config(augment=("flip", "shift"))
+    assert Config(outdir=Path("a/b"), dataset=Path("c.npz")) == Config(outdir="a/b", dataset="c.npz")
+
+
 def test_a_preset_that_is_put_in_later_is_the_preset():
     """What was given stays."""
     given = {"epochs": 7, "width": 0.5}
@@ -279,6 +284,7 @@ def test_command_line_tells_mistakes_quickly(command):
         ("reconstruct run -o x.foo", "x.foo is no name for a picture; expected one that ends in .png or .pdf"),
         ("train --depth 40", r"--depth is no option of train \(see .*\); did you mean --resnet-depth\?"),
         ("train --resnet-dept 40", r"--resnet-dept is no option of train \(see .*\); did you mean --resnet-depth\?"),
+        ("sample run --epochs 3", r"--epochs is no option of sample \(see python -m resnet_vae sample --help\)$"),
         ("sample run more", r"more is one argument too many \(see python -m resnet_vae sample --help\)"),
         ("sample .", ". is a sweep; expected one of the runs below it"),
         ("table run", "run is a run; expected a sweep, the folder above it"),

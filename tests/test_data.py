@@ -109,9 +109,15 @@ def test_labels_are_whole_numbers_of_any_kind(tmp_path, monkeypatch, dtype):
     np.testing.assert_array_equal(data.labels[0], labels)
 
 
+def test_truth_values_are_black_and_white_and_suffixes_may_be_capitals(tmp_path):
+    with open(tmp_path / "A.NPZ", "wb") as file:
+        np.savez(file, images=np.eye(8, dtype=bool)[None].repeat(20, 0))
+    np.testing.assert_array_equal(load(tmp_path / "A.NPZ").train[0, ..., 0], 255 * np.eye(8))
+
+
 def test_arrays_of_which_either_could_be_meant(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=pictures(20, 8, 8), images=pictures(30, 8, 8))
-    with pytest.raises(DataError, match="arrays x_train and images; expected one of train, to know which is meant"):
+    with pytest.raises(DataError, match="arrays x_train and images; expected one of them: each may be"):
         load(tmp_path / "a.npz")
 
 
@@ -308,12 +314,14 @@ def test_npz_of_floats_and_without_channels(tmp_path):
         ({"x_train": np.full((20, 8, 8), 7.0)}, "expected 0 to 1"),
         ({"x_train": np.full((20, 8, 8), -1)}, "expected 0 to 255"),
         ({"x_train": np.full((20, 8, 8), 256)}, "expected 0 to 255"),
+        ({"x_train": np.eye(8, dtype="uint8")[None].repeat(20, 0)}, r"from 0 to 1, and.*save array\.astype\(bool"),
         ({"x_train": np.zeros((20, 8), "uint8")}, "expected numbers"),
         ({"x_train": np.full((20, 8, 8), "a")}, "expected numbers"),
         ({"x_train": np.zeros((20, 8, 8), object)}, "cannot be read"),
         ({"pictures": np.zeros((20, 8, 8))}, "has arrays pictures; expected x_train"),
         ({"x_train": np.zeros((0, 8, 8), "uint8")}, "no training images"),
-        ({"x_train": np.zeros((9, 8, 8), "uint8")}, "too few"),
+        ({"x_train": np.zeros((9, 8, 8), "uint8")}, "9 images are too few to hold some out; at least 10 are needed"),
+        ({"x_train": np.zeros((10, 8, 8), "uint8")}, "too few.* 11 where test images are held out as well"),
         ({"x_train": pictures(20, 30, 33)}, "set IMAGE_SHAPE, for example 32x32x1"),
         ({"x_train": pictures(20, 8, 8), "x_test": pictures(5, 16, 8)}, "set IMAGE_SHAPE"),
         ({"x_train": pictures(20, 3, 32, 32)}, r"looks like \(images, channels, height.*transpose\(0, 2, 3, 1\)"),

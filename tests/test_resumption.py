@@ -49,6 +49,26 @@ def terminating(self, batch, logs=None):
 training.Training.on_test_batch_end = terminating
 """
 
+INTERRUPTED_WHILE_A_STEP_IS_TRACED = """
+from resnet_vae import blocks
+call = blocks.ResidualBlock.call
+def interrupting(self, x, training=None):
+    if training:
+        os.kill(os.getpid(), signal.{name})
+    return call(self, x, training)
+blocks.ResidualBlock.call = interrupting
+"""
+INTERRUPTED_WHERE_PYTHON_IGNORES_EXCEPTIONS = """
+begin = training.Training.on_epoch_begin
+class Told:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        for _ in range(1000): pass
+def ignoring(self, epoch, logs=None):
+    Told()
+    begin(self, epoch, logs)
+training.Training.on_epoch_begin = ignoring
+"""
 
 NOISE_FORGOTTEN = """
 import keras
@@ -109,6 +129,23 @@ def test_a_killed_and_terminated_training_is_the_undisturbed_one(finished_run, t
     differing = differences(tmp_path / "forgetful", finished_run)
     assert "history loss" in differing
     assert any("encoder" in name for name in differing)
+
+
+@pytest.mark.parametrize(
+    ("mishap", "signal_name"),
+    [(INTERRUPTED_WHILE_A_STEP_IS_TRACED, "SIGINT"), (INTERRUPTED_WHERE_PYTHON_IGNORES_EXCEPTIONS, "SIGTERM")],
+    ids=["tracing", "ignored"],
+)
+def test_a_signal_before_the_first_step_is_done_is_told_in_a_line(tmp_path, mishap, signal_name):
+    """Neither does Keras make another exception of it, nor does it get lost."""
+    done = train_in_a_process(tmp_path / "run", mishap.format(name=signal_name), epochs=1)
+    assert done.returncode == 128 + signal.Signals[signal_name], done.stderr
+    anew = signal_name == "SIGINT"
+    then = "begins anew" if anew else f"goes on from the checkpoint in {tmp_path / 'run'}"
+    assert done.stderr.endswith(f"error: stopped by {signal_name}; the same command {then}\n")
+    assert "InterruptedTrainingError" not in done.stderr
+    kept = {"config.json", "history.csv"} | (set() if anew else {"checkpoint"})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == kept
 
 
 def test_a_killed_training_with_loops_is_the_undisturbed_one(tmp_path):

@@ -1,17 +1,19 @@
 """What scripts/run_all.sh is told to train, and which mistakes it tells before it trains anything."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY, processor_seconds
 from test_results import write_run
 
 from resnet_vae import Config, checkpoints
-from resnet_vae.config import ConfigError
+from resnet_vae.config import ConfigError, UserError
 from resnet_vae.sweep import runs_of
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -67,6 +69,7 @@ MISTAKES = {
     "RUNNER=notebok": "RUNNER is 'notebok'; expected notebook or command",
     "DATASET=nothere": "DATASET is 'nothere': neither one of digits",
     "EVALUATE=nothere.npz": "EVALUATE is 'nothere.npz': neither one of digits",
+    "OUTDIR=there": "OUTDIR is 'there', and a sweep's folder is its argument; expected OUTDIR unset",
 }
 
 
@@ -77,6 +80,26 @@ def test_a_mistake_in_a_sweep_is_told_once(given):
         runs_of("x", environ)
     (line,) = str(error.value).splitlines()
     assert re.match(MISTAKES[given], line)
+
+
+def test_a_sweep_is_not_made_in_a_run_nor_in_a_file(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "file"
+    write_run(run, 28, 1850.0)
+    file.write_text("")
+    for place, told in ((run, "is a run; expected a sweep, the folder above it"), (file, "is no folder; expected")):
+        with pytest.raises(UserError, match=re.escape(f"{place} {told}")):
+            runs_of(place, {"DATASET": "digits"})
+
+
+def test_a_run_that_is_evaluated_is_not_evaluated_again(tmp_path):
+    """Nor trained: it has no model, so that either would fail."""
+    run = tmp_path / "sweep" / "depth-28"
+    write_run(run, 28, 1850.0, **TINY)
+    np.savez(tmp_path / "é.npz", x_train=np.zeros((20, 32, 32, 3), "uint8"))
+    (run / "evaluation-é.json").write_text(json.dumps({"dataset": "é.npz"}, indent=2))
+    done = run_all(tmp_path, depths="28", evaluate="é.npz")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "depth-28: finished already" in done.stdout
 
 
 def test_all_mistakes_are_told_before_the_first_training(tmp_path):
@@ -94,7 +117,7 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
         "error: EVALUATE is",
         "resnet_depth is '30'",
         "OUTDIR is 'sweep/depth-34'",
-        "sweep/depth-40 holds",
+        "sweep/depth-40 holds a finished run of another configuration",
         "sweep/depth-46 holds an unfinished run of something else (SEED 7 there, 0 here)",
     )
     for line, beginning in zip(done.stderr.splitlines(), told, strict=True):

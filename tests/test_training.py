@@ -246,6 +246,7 @@ def test_a_finished_run_of_other_data_is_refused(copied_run, command, capsys):
         ("history.csv", "epoch", "epic", "history.csv cannot be read: expected columns epoch, loss"),
         ("history.csv", "\n1,", "\nx,", "history.csv cannot be read: could not convert"),
         ("history.csv", "\n1,[^,]*", "\n1,nan", "history.csv cannot be read: loss is nan in row 1; expected a finite"),
+        ("history.csv", "\n1,", "\n1,1,", "history.csv cannot be read: expected as many values in each row"),
         ("history.csv", "0\n2,", "inf\n2,", "history.csv cannot be read: rollbacks is inf in row 1"),
     ],
 )
