@@ -108,6 +108,8 @@ class ResidualBlock(layers.Layer):
         options = {"padding": "same", "dtype": self.dtype_policy, "use_bias": use_bias}
 
         def convolution(kind, count, side, name, kernel=kernel_initializer, **more):
+            if isinstance(kernel, keras.initializers.Initializer):
+                kernel = kernel.clone()  # one alone would draw the same numbers again
             return kind(count, side, name=name, kernel_initializer=kernel, **options, **more)
 
         def normalization(name, scale=1.0):
@@ -162,7 +164,10 @@ class ResidualBlock(layers.Layer):
         bottleneck = self.order == "post" and len(self.filters) == 3
         gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an enlarged image that conv2 never fills
         known = None not in x.shape[1:3]
-        return (self.fast if bottleneck and known and not gaps else self.plain)(x, training)
+        precise = self.variable_dtype != "float16"  # statistics would be of another dtype than the weights
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+            x = ops.cast(x, self.compute_dtype)  # Keras leaves whole numbers as they are
+        return (self.fast if bottleneck and known and precise and not gaps else self.plain)(x, training)
 
     def plain(self, x, training=None):
         """The block as it is defined."""

@@ -17,8 +17,9 @@ class BatchNormalization(layers.BatchNormalization):
     """Batch normalisation over all but the last axis, in the dtype of its input.
 
     The same function and the same weights as `keras.layers.BatchNormalization`. On TensorFlow images are normalised by
-    one fused operation, with float32 statistics, instead of ten small ones, where the weights are float32. On JAX one
-    pass over the input gives both moments, and its gradient takes two passes.
+    one fused operation, with float32 statistics, instead of ten small ones, where the weights are float32; that loses
+    digits where a channel's mean is more than some thousand times its spread, as raw measurements may have it. On JAX
+    one pass over the input gives both moments, and its gradient takes two passes.
     """
 
     def call(self, inputs, training=None, mask=None):
@@ -52,7 +53,8 @@ class BatchNormalization(layers.BatchNormalization):
         simple = self.scale and self.center and not (self.renorm or self.synchronized)
         simple = simple and self.axis in (-1, len(inputs.shape) - 1)
         if keras.backend.backend() == "tensorflow":
-            return simple and len(inputs.shape) == 4 and self.variable_dtype == "float32"
+            known = keras.backend.standardize_dtype(inputs.dtype) in ("float16", "bfloat16", "float32")
+            return simple and known and len(inputs.shape) == 4 and self.variable_dtype == "float32"
         precise = self.variable_dtype in ("float32", "float64") and keras.backend.is_float_dtype(inputs.dtype)
         return keras.backend.backend() == "jax" and simple and precise
 

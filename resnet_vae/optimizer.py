@@ -72,7 +72,7 @@ class AdamW(keras.optimizers.Adam):
             return super()._clip_gradients(grads)
         import tensorflow as tf
 
-        if not all(isinstance(grad, tf.Tensor) for grad in grads):
+        if not all(isinstance(grad, tf.Tensor) and grad.dtype == "float32" for grad in grads):
             return super()._clip_gradients(grads)
         # The same, but long gradients are passed over once where the norm is small enough, and not three times.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(grad) for grad in grads]))

@@ -34,6 +34,8 @@ from resnet_vae.vae import build_vae, count_parameters, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
+NETWORK = ("loop", "convolution", "normalization", "blocks", "networks", "vae")
+MODULES = ("config", "data", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 SHARE = 0.01  # of the time that writing checkpoints may take
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
@@ -383,7 +385,7 @@ class Training(keras.callbacks.Callback):
 def identity(config, data):
     """What must be equal for a checkpoint to be gone on from: recipe, data, code, libraries, precision."""
     code = hashlib.sha256()
-    for name in ("config", "data", "normalization", "loop", "blocks", "networks", "vae", "optimizer", "training"):
+    for name in MODULES:
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     backend = keras.backend.backend()
     versions = environment(backend, [])["versions"]
@@ -475,7 +477,10 @@ def _train(config, data, folder):
             if training.rollbacks >= config.rollbacks:
                 raise
             print(f"{error}; going back to the last checkpoint, to go on at half the rate", flush=True)
+            stopped = training.signal  # while the step that diverged was computed
             training = Training(config, data, folder, training.rollbacks + 1)
+            if stopped:
+                raise InterruptedTrainingError(stopped, folder) from None
 
     vae, best = training.vae, min(training.rows, key=lambda row: row["val_loss"])
     vae.set_weights(training.best_weights)

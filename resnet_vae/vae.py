@@ -79,6 +79,21 @@ class _Model(keras.Model):
         else:
             super().__setattr__(name, value)
 
+    def put_back(self, values):
+        """Have values in all variables again after `predict` failed: on JAX Keras takes them out while it computes.
+
+        Args:
+            values: those of before `predict`, which are given away to its first step.
+        """
+        if keras.backend.backend() != "jax":
+            return
+        if getattr(self, "_jax_state", None):  # what the last step gave
+            self.jax_state_sync()
+            self._jax_state = None
+        else:
+            for variable, value in zip(self.variables, values, strict=True):
+                variable.assign(value)
+
 
 class _Calibration(_Model):
     """A VAE's encoder and decoder as in training, for the moving averages that this moves: images → a one a batch."""
@@ -198,6 +213,7 @@ class VAE(_Model):
         if model.moved != moved:  # what is frozen is told in the trace
             model.moved, model.predict_function = moved, None
         former = [ops.copy(ops.convert_to_tensor(average)) for average, _ in averages]
+        held = [variable.value for variable in model.variables]
         try:
             for generator in generators:
                 _restart(generator)
@@ -207,6 +223,7 @@ class VAE(_Model):
             for average, momentum in averages:
                 average.assign(average / (1 - momentum**batches))  # as Adam corrects its averages, which begin at 0
         except BaseException:
+            model.put_back(held)
             for (average, _), value in zip(averages, former, strict=True):
                 average.assign(value)
             raise

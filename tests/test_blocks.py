@@ -350,6 +350,35 @@ def test_gradients_of_a_normalized_convolution_in_bfloat16():
         assert np.abs(rounded.mean((0, 1, 2))).max() < 1e-3 * np.sqrt(np.square(exact).mean())
 
 
+@pytest.mark.parametrize("filters", [(4, 8), (4, 4, 8)])
+@pytest.mark.parametrize("training", [False, True])
+def test_grey_levels_are_numbers_like_others(filters, training):
+    """uint8, as Keras's layers take it, and half precision throughout."""
+    levels = RNG.integers(0, 256, (4, 8, 8, 3)).astype("uint8")
+    block = ResidualBlock(filters, shortcut="projection", gain=1.0)
+    outputs = [keras.ops.convert_to_numpy(block(x, training=training)) for x in (levels, levels.astype("float32"))]
+    np.testing.assert_array_equal(*outputs)
+    layer = BatchNormalization()
+    outputs = [keras.ops.convert_to_numpy(layer(x, training=training)) for x in (levels, levels.astype("float32"))]
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+    half = ResidualBlock(filters, shortcut="projection", gain=1.0, dtype="float16")
+    half.build((None, 8, 8, 3))
+    for weight, source in zip(half.weights, block.weights, strict=True):
+        weight.assign(source)
+    x = (levels / 255).astype("float16")
+    outputs = [keras.ops.convert_to_numpy(each(x, training=training)).astype("float32") for each in (half, block)]
+    assert np.abs(outputs[0] - outputs[1]).mean() < 0.02 * np.abs(outputs[1]).mean()
+
+
+@pytest.mark.parametrize("filters", [(8, 8), (8, 8, 8)])
+def test_no_two_kernels_of_a_block_start_equal(filters):
+    """Though one initializer draws the same numbers whenever it is called."""
+    block = ResidualBlock(filters, 1, shortcut="projection", kernel_initializer=keras.initializers.HeNormal())
+    block.build((None, 8, 8, 8))
+    kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in (*block.convolutions, block.shortcut)]
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
+
+
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"renorm": True}, {"dtype": "bfloat16"}])
 def test_batch_normalization_is_kerass_own(options):
     """Outputs and moving statistics, against the layer it takes the place of; some channels lie far from zero."""

@@ -6,10 +6,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
 import zipfile
+from pathlib import Path
 
 import h5py
 import keras
@@ -27,7 +29,18 @@ from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
 from resnet_vae.results import evaluate_run
-from resnet_vae.training import COLUMNS, PLATEAU, Batches, Training, TrainingError, evaluate, feed, without_progress
+from resnet_vae.training import (
+    COLUMNS,
+    MODULES,
+    PLATEAU,
+    Batches,
+    InterruptedTrainingError,
+    Training,
+    TrainingError,
+    evaluate,
+    feed,
+    without_progress,
+)
 from resnet_vae.vae import VAE
 
 
@@ -109,6 +122,11 @@ def test_adamw_is_kerass_own(dtype):
         embedding.compile(kind(**options), "mse")
         embedding.train_on_batch(np.array([[0, 1]]), np.zeros((1, 2, 3)))
         values[-1].append(embedding.get_weights()[0])
+
+        dense = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, kernel_initializer="ones", dtype=dtype)])
+        dense.compile(kind(**options), "mse")
+        dense.train_on_batch(np.ones((2, 4)), np.zeros((2, 3)))
+        values[-1].append(keras.ops.convert_to_numpy(keras.ops.cast(dense.weights[0], "float64")))
     for ours, theirs in zip(*values, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-2 if dtype == "bfloat16" else 1e-5)
 
@@ -341,6 +359,33 @@ def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.count("going back to the last checkpoint") == 1
     assert run.history[0]["rollbacks"] == 1
     assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_signal_in_a_step_that_diverges_is_not_lost(tmp_path, monkeypatch):
+    """It stops the training that goes back, after its checkpoint was written."""
+    end = Training.on_train_batch_end
+
+    def diverging(self, batch, logs=None):
+        if self.step == 1:
+            self.loss = float("nan")
+            os.kill(os.getpid(), signal.SIGINT)
+        end(self, batch, logs)
+
+    monkeypatch.setattr(Training, "on_train_batch_end", diverging)
+    with pytest.raises(InterruptedTrainingError, match="stopped by SIGINT; the same command goes on"):
+        train(Config(**TINY, rollbacks=1, outdir=str(tmp_path / "run"), cmdline=True))
+    assert (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_checkpoint_is_of_all_code_that_decides_what_is_trained():
+    """What the modules below training import from the package, records and checkpoints aside."""
+    folder = Path(sys.modules["resnet_vae.training"].__file__).parent
+    found, new = set(), {"training"}
+    while new:
+        name = new.pop()
+        found.add(name)
+        new |= set(re.findall(r"^from resnet_vae\.(\w+) import", (folder / f"{name}.py").read_text(), re.M)) - found
+    assert found - {"records"} == set(MODULES)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
