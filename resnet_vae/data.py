@@ -420,6 +420,8 @@ def _levels(path, images):
 
 def _folder(path, shape):
     """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
+    for _ in os.walk(path, onerror=_refuse):  # a folder that may not be opened is left out elsewhere without a word
+        pass
     parts = _parts(path)
     files = [_image_files(part) for part in parts]
     if not files[0]:
@@ -439,6 +441,12 @@ def _folder(path, shape):
         classes = [file.relative_to(part).parts[0] for file in group if file.parent != part]
         read.append(_Part(images, np.array(classes) if len(classes) == len(group) else None))
     return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
+
+
+def _refuse(error):
+    """Tell of a folder that cannot be opened, unless it is hidden."""
+    if not Path(error.filename).name.startswith("."):
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
 
 def _image_files(folder, pattern="**/*"):

@@ -150,6 +150,11 @@ def test_experiments_refuse_the_depths_of_networks_for_imagenet(depth):
     assert Degradation.from_env({"DEPTHS": "8 20 29 56 110 164 1001"}).depths[-1] == 1001
 
 
+def test_experiments_refuse_what_is_there_twice():
+    with pytest.raises(ConfigError, match="depths is '8 20 8': 8 is there twice"):
+        Degradation.from_env({"DEPTHS": "8 20 8"})
+
+
 MISTYPED = {
     "RESNET_DEPTH": "DEPTH RESNETDEPTH RESNET_DEPHT",
     "LATENT_DIM": "LATENT LATNT_DIM",

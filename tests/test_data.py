@@ -109,6 +109,24 @@ def test_labels_are_whole_numbers_of_any_kind(tmp_path, monkeypatch, dtype):
     np.testing.assert_array_equal(data.labels[0], labels)
 
 
+def test_a_folder_that_may_not_be_opened_is_told(tmp_path, monkeypatch):
+    """The images in it would be left out."""
+    for folder in ("", ".hidden"):
+        write_folder(tmp_path / folder, pictures(20, 8, 8))
+    opened, closed = os.scandir, ".hidden"
+
+    def scandir(path):
+        if Path(path).name == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(load(tmp_path, validation="test").train) == 18
+    closed = "class1"
+    with pytest.raises(DataError, match="class1 cannot be read: Permission denied"):
+        load(tmp_path)
+
+
 def test_truth_values_are_black_and_white_and_suffixes_may_be_capitals(tmp_path):
     with open(tmp_path / "A.NPZ", "wb") as file:
         np.savez(file, images=np.eye(8, dtype=bool)[None].repeat(20, 0))

@@ -276,3 +276,15 @@ def test_memory_and_disk_that_run_out_are_told_in_a_line(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=told):
         train(config)
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_reader_that_has_read_enough_is_no_full_disk(tmp_path, monkeypatch):
+    """As of `| head`: the command line ends without a word."""
+    from resnet_vae import train
+
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        train(Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True))

@@ -10,6 +10,7 @@ from resnet_vae.config import (
     IMAGENET,
     Config,
     ConfigError,
+    PathText,
     Settings,
     Shape,
     blocks_per_stage,
@@ -35,9 +36,16 @@ def _check_vae_depth(depth):
     return depth
 
 
+def _each_once(values):
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} is there twice")
+    return values
+
+
 def _some(kind):
     """One or more of a kind, separated by spaces or commas."""
-    return Annotated[tuple[kind, ...], BeforeValidator(parse_words), Field(min_length=1)]
+    return Annotated[tuple[kind, ...], BeforeValidator(parse_words), Field(min_length=1), AfterValidator(_each_once)]
 
 
 Numbers = _some(Annotated[int, Field(ge=1)])
@@ -48,7 +56,7 @@ VAEDepth = Annotated[int, AfterValidator(_check_vae_depth)]
 class Experiment(Settings):
     """What all settings of experiments have in common."""
 
-    outdir: str = Field("", description="the record's folder (default: runs/ and the experiment's name)")
+    outdir: PathText = Field("", description="the record's folder (default: runs/ and the experiment's name)")
     cmdline: bool = Field(False, description="set where nobody is watching")
 
     @property
@@ -60,7 +68,7 @@ class Experiment(Settings):
 class Networks(Experiment):
     """Of experiments with small classifiers and VAEs."""
 
-    dataset: str = Field("digits", description="with labels; as for DATASET of a VAE")
+    dataset: PathText = Field("digits", description="with labels; as for DATASET of a VAE")
     image_shape: Shape | None = Field(None, description="images are resized to it (default: as the data set has them)")
     width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
     beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
