@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from speed import BASE, BenchmarkError, measure, write_ran_on, write_rows
+from speed import BASE, BenchmarkError, measure, run, write_ran_on, write_rows
 
 BASE = BASE.replace(width=0.25, precision="float32")
 AXES = {  # what grows → its name in the figure, its values, and the configuration of a value
@@ -114,4 +114,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -207,6 +207,7 @@ class Contestant:
             stdout=subprocess.PIPE,
             text=True,
             env=environ,
+            start_new_session=True,  # so that Ctrl-C ends this process, which ends the others
         )
 
     def ask(self, steps):
@@ -230,9 +231,9 @@ class Contestant:
         return json.loads(answer)
 
     def close(self):
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def measure(case, config, names, rounds, seconds):
@@ -362,5 +363,14 @@ def main(arguments=None):
     return 1 if failed else 0
 
 
+def run(main):
+    """Run a benchmark; returns the exit code, 130 where Ctrl-C ended it."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

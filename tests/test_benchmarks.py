@@ -130,3 +130,22 @@ def test_cost_as_work_grows(tmp_path, monkeypatch):
     assert [row["exponent"] for row in rows if row["exponent"]] == ["1.50", "0.00"]
     assert float(rows[0]["step_seconds"]) == pytest.approx(28**1.5, rel=1e-3)
     assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+def test_an_interrupted_benchmark_says_so_in_a_line(monkeypatch, capsys):
+    """And leaves no contestant behind."""
+    import speed
+
+    small = speed.BASE.replace(width=1 / 16, latent_dim=4, intermediate_dim=16, image_shape=(8, 8, 3))
+    started, ask = [], speed.Contestant.ask
+
+    def interrupted(self, steps):
+        if steps:
+            raise KeyboardInterrupt
+        started.append(self.process)
+        return ask(self, steps)
+
+    monkeypatch.setattr(speed.Contestant, "ask", interrupted)
+    code = speed.run(lambda: speed.measure("tiny", small, ["resnet_vae float32"], rounds=1, seconds=0))
+    assert (code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert [process.poll() for process in started] == [-9]
