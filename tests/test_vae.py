@@ -173,9 +173,15 @@ class Interrupted(keras.utils.PyDataset):
 
 
 def test_a_calibration_that_fails_changes_nothing(deep_vae, images):
-    before = values(deep_vae.variables)
-    for unusable in (images[:0], np.repeat(images, 2, axis=-1), Interrupted(images)):
-        with pytest.raises((ValueError, UnboundLocalError, TypeError, RuntimeError, KeyboardInterrupt)):
+    before, refused = values(deep_vae.variables), (ValueError, UnboundLocalError, TypeError)
+    if keras.backend.backend() == "torch":
+        refused = (*refused, RuntimeError)  # PyTorch's own, for images of other channels
+    for unusable, error in (
+        (images[:0], refused),
+        (np.repeat(images, 2, axis=-1), refused),
+        (Interrupted(images), KeyboardInterrupt),
+    ):
+        with pytest.raises(error):
             deep_vae.calibrate(unusable, batch_size=16)
         for one, other in zip(values(deep_vae.variables), before, strict=True):
             np.testing.assert_array_equal(one, other)
