@@ -79,21 +79,6 @@ class _Model(keras.Model):
         else:
             super().__setattr__(name, value)
 
-    def put_back(self, values):
-        """Have values in all variables again after `predict` failed: on JAX Keras takes them out while it computes.
-
-        Args:
-            values: those of before `predict`, which are given away to its first step.
-        """
-        if keras.backend.backend() != "jax":
-            return
-        if getattr(self, "_jax_state", None):  # what the last step gave
-            self.jax_state_sync()
-            self._jax_state = None
-        else:
-            for variable, value in zip(self.variables, values, strict=True):
-                variable.assign(value)
-
 
 class _Calibration(_Model):
     """A VAE's encoder and decoder as in training, for the moving averages that this moves: images → a one a batch."""
@@ -108,6 +93,21 @@ class _Calibration(_Model):
         mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=True))
         self.decoder(self.sampler(mean, log_var), training=True)
         return ops.ones((1,))
+
+    def put_back(self, values):
+        """Have values in all variables again after `predict` failed: on JAX Keras takes them out while it computes.
+
+        Args:
+            values: those of before `predict`, which are given away to its first step.
+        """
+        if keras.backend.backend() != "jax":
+            return
+        if getattr(self, "_jax_state", None):  # what the last step gave
+            self.jax_state_sync()
+            self._jax_state = None
+        else:
+            for variable, value in zip(self.variables, values, strict=True):
+                variable.assign(value)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
