@@ -11,9 +11,11 @@ import operator
 from collections.abc import Iterable
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
+from resnet_vae.initialization import compiled_once
 from resnet_vae.loop import scan, traced_once
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
@@ -110,7 +112,7 @@ class ResidualBlock(layers.Layer):
         def convolution(kind, count, side, name, kernel=kernel_initializer, **more):
             if isinstance(kernel, keras.initializers.Initializer):
                 kernel = kernel.clone()  # one alone would draw the same numbers again
-            return kind(count, side, name=name, kernel_initializer=kernel, **options, **more)
+            return kind(count, side, name=name, kernel_initializer=compiled_once(kernel), **options, **more)
 
         def normalization(name, scale=1.0):
             gamma = keras.initializers.Constant(scale)
@@ -358,7 +360,8 @@ class Repeated(layers.Layer):
             if weight.name == "kernel":  # the others start as constants
                 kernel = kernels[owner]
                 anew = kernel.clone if isinstance(kernel, keras.initializers.Initializer) else lambda: kernel
-                return ops.stack([anew()(shape[1:], dtype) for _ in range(self.count)])
+                drawn = [anew()(shape[1:], dtype) for _ in range(self.count)]
+                return (np.stack if isinstance(drawn[0], np.ndarray) else ops.stack)(drawn)
             return ops.concatenate([weight[None]] * self.count)
 
         return self.add_weight(

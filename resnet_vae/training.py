@@ -34,7 +34,7 @@ from resnet_vae.vae import build_vae, count_parameters, devices, precision
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
-NETWORK = ("loop", "convolution", "normalization", "blocks", "networks", "vae")
+NETWORK = ("initialization", "loop", "convolution", "normalization", "blocks", "networks", "vae")
 MODULES = ("config", "data", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 SHARE = 0.01  # of the time that writing checkpoints may take
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from resnet_vae import blocks
+from resnet_vae import blocks, initialization
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.loop import traced_once
 from resnet_vae.normalization import BatchNormalization
@@ -377,6 +377,32 @@ def test_no_two_kernels_of_a_block_start_equal(filters):
     block.build((None, 8, 8, 8))
     kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in (*block.convolutions, block.shortcut)]
     assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
+
+
+def test_no_two_blocks_of_a_loop_start_equal():
+    repeated = Repeated(3, (8, 8, 8))
+    repeated.build((None, 8, 8, 8))
+    kernels = [keras.ops.convert_to_numpy(stack) for stack in repeated.stacks if len(stack.shape) == 5]
+    assert len({kernel.tobytes() for stack in kernels for kernel in stack}) == 9
+
+
+@pytest.mark.parametrize(
+    ("mode", "distribution"),
+    [("fan_in", "truncated_normal"), ("fan_out", "untruncated_normal"), ("fan_avg", "uniform")],
+)
+def test_kernels_start_with_the_numbers_that_keras_draws(monkeypatch, mode, distribution):
+    """Also kernels of another length than is drawn, and within a function that JAX traces."""
+    monkeypatch.setattr(initialization, "LENGTHS", (2**9, 2**11))
+    theirs = keras.initializers.VarianceScaling(2.0, mode, distribution)
+    ours = initialization.compiled_once(theirs)
+    for shape in [(8, 12), (3, 3, 8, 12), (3, 3, 16, 24)]:
+        expected = keras.ops.convert_to_numpy(theirs(shape, "float32"))
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(ours(shape, "float32")), expected, rtol=1e-6)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        assert type(ours) is not type(theirs)
+        np.testing.assert_allclose(jax.jit(lambda: ours(shape, "float32"))(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"renorm": True}, {"dtype": "bfloat16"}])
