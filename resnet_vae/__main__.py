@@ -30,9 +30,16 @@ def _add_fields(parser):
         group.add_argument(_flag(name), dest=name, metavar="VALUE", help=field.description)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line."""
+
+    def error(self, message):
+        self.exit(UserError.exit_code, f"error: {message} (see {self.prog} --help)\n")
+
+
 def _parser():
     about = {"prog": "python -m resnet_vae", "description": "Residual-network VAEs, swept over depth"}
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
+    parser = _Parser(**about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, *, fields=False, run=False):

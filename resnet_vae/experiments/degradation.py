@@ -1,4 +1,4 @@
-"""Degradation: a deeper plain network trains worse than a shallower one, a deeper residual network does not.
+"""Degradation: a deeper plain network trains worse than a shallower one, a deeper residual one hardly.
 
 The observation of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), figures 1 and 6,
 for its classifiers and, beyond it, for the VAE: the same layers with and without shortcuts, at several depths, over
