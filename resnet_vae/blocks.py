@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
-from resnet_vae.initialization import compiled_once
+from resnet_vae.initialization import another, compiled_once
 from resnet_vae.loop import scan, traced_once
 from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
 
@@ -52,7 +52,8 @@ class ResidualBlock(layers.Layer):
             default 0, and 1 where there is no shortcut.
         momentum, epsilon: of the normalisations.
         use_bias: of the convolutions.
-        kernel_initializer: of the convolutions.
+        kernel_initializer: of the convolutions. As in Keras, one whose seed is a number draws the same for all kernels
+            of a shape.
 
     Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[-1]), or
     times the strides with `transpose`.
@@ -110,9 +111,8 @@ class ResidualBlock(layers.Layer):
         options = {"padding": "same", "dtype": self.dtype_policy, "use_bias": use_bias}
 
         def convolution(kind, count, side, name, kernel=kernel_initializer, **more):
-            if isinstance(kernel, keras.initializers.Initializer):
-                kernel = kernel.clone()  # one alone would draw the same numbers again
-            return kind(count, side, name=name, kernel_initializer=compiled_once(kernel), **options, **more)
+            kernel = compiled_once(another(kernel))
+            return kind(count, side, name=name, kernel_initializer=kernel, **options, **more)
 
         def normalization(name, scale=1.0):
             gamma = keras.initializers.Constant(scale)
@@ -333,11 +333,16 @@ class Repeated(layers.Layer):
         **options: further ones of `ResidualBlock`, named in OPTIONS, and those of any layer.
 
     Input and output (batch, height, width, filters[-1]).
+
+    Raises:
+        ValueError: as of `ResidualBlock`, or fewer blocks than one; when it is built, other channels than filters[-1].
     """
 
     def __init__(self, count, filters, kernel_size=3, remat=False, **options):
         super().__init__(**{name: value for name, value in options.items() if name not in OPTIONS})
-        self.count, self.remat = count, remat
+        self.count, self.remat = operator.index(count), remat
+        if self.count < 1:
+            raise ValueError(f"blocks {self.name!r}: their number is {count}; expected 1 or more")
         options = {name: value for name, value in options.items() if name in OPTIONS}
         self.momentum = options.pop("momentum", 0.99)
         # Without momentum, so that within the loop the moving averages are the batch's moments; they move after it.
@@ -347,6 +352,11 @@ class Repeated(layers.Layer):
 
     def build(self, input_shape):
         pattern = self.pattern()
+        if input_shape[-1] != pattern.filters[-1]:
+            raise ValueError(
+                f"blocks {self.name!r}: the input has {input_shape[-1]} channels and the last filters are "
+                f"{pattern.filters[-1]}; they must be equal, or use conv_block before them"
+            )
         pattern.build(input_shape)
         self.stacks = [self._add_stack(weight) for weight in _weights(pattern)]
 
@@ -358,9 +368,7 @@ class Repeated(layers.Layer):
 
         def initialize(shape, dtype=None):
             if weight.name == "kernel":  # the others start as constants
-                kernel = kernels[owner]
-                anew = kernel.clone if isinstance(kernel, keras.initializers.Initializer) else lambda: kernel
-                drawn = [anew()(shape[1:], dtype) for _ in range(self.count)]
+                drawn = [another(kernels[owner])(shape[1:], dtype) for _ in range(self.count)]
                 return (np.stack if isinstance(drawn[0], np.ndarray) else ops.stack)(drawn)
             return ops.concatenate([weight[None]] * self.count)
 

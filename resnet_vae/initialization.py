@@ -1,4 +1,4 @@
-"""Initial kernels, on JAX drawn in a few lengths that are compiled once, instead of each shape."""
+"""Initializers of many kernels; on JAX they draw a few lengths, compiled once each, instead of every shape."""
 
 import math
 
@@ -16,14 +16,14 @@ DRAWS = {  # distribution → how to draw it, and the standard deviation that it
 class CompiledOnce(keras.initializers.Initializer):
     """An initializer of kernels that scales variances, in less time on JAX, where each shape is compiled otherwise.
 
-    It draws the same numbers: on JAX the n-th number of a seed does not depend on how many are drawn.
+    It draws the same numbers, in bfloat16 rounded otherwise: the n-th of a seed does not depend on how many are drawn.
 
     Args:
         initializer: a `keras.initializers.VarianceScaling`, such as HeNormal, whose seed is a number.
     """
 
     def __init__(self, initializer):
-        self.initializer = keras.initializers.get(initializer)
+        self.initializer = initializer
 
     def __call__(self, shape, dtype=None):
         size = math.prod(shape)
@@ -39,8 +39,8 @@ class CompiledOnce(keras.initializers.Initializer):
         scale = math.sqrt(self.initializer.scale / max(1.0, fan)) / deviation
         return np.reshape(numbers * numbers.dtype.type(scale), shape)
 
-    def get_config(self):
-        return {"initializer": keras.initializers.serialize(self.initializer)}
+    def clone(self):
+        return CompiledOnce(self.initializer.clone())
 
 
 def compiled_once(initializer):
@@ -49,5 +49,21 @@ def compiled_once(initializer):
     scales = type(initializer).__call__ is keras.initializers.VarianceScaling.__call__  # and no class of its own
     if not scales or keras.backend.backend() != "jax":
         return initializer
+    import jax
+
     plain = isinstance(initializer.seed, int) and initializer.input_axes is initializer.output_axes is None
-    return CompiledOnce(initializer) if plain else initializer
+    return CompiledOnce(initializer) if plain and jax.config.jax_threefry_partitionable else initializer
+
+
+def another(initializer):
+    """An initializer like it for one more kernel, since one alone draws the same numbers whenever it is called.
+
+    Itself if it is a name or a function, draws on from a `keras.random.SeedGenerator`, or cannot be cloned.
+    """
+    seed = getattr(initializer, "seed", None)
+    if not isinstance(initializer, keras.initializers.Initializer) or isinstance(seed, keras.random.SeedGenerator):
+        return initializer
+    try:
+        return initializer.clone()
+    except TypeError:  # without a get_config that has what its constructor needs
+        return initializer

@@ -4,6 +4,8 @@ Both functions at the end are exact: the batch moments of a 1×1 convolution's o
 than these outputs, so that the normalisation need not pass over them.
 """
 
+import math
+
 import keras
 from keras import layers, ops
 
@@ -137,8 +139,9 @@ def _origin(x):
 def _moments_about(x):
     """Mean and variance, (channels,) each, of x (…, channels) that is near zero for its spread, in one pass over it."""
     axes = tuple(range(len(x.shape) - 1))
-    mean = ops.mean(x, axis=axes)
-    return mean, ops.maximum(ops.mean(ops.square(x), axis=axes) - ops.square(mean), 0.0)  # rounded, 0 may be less
+    count = math.prod(x.shape[:-1])  # `ops.mean` would be of float32 on JAX, whatever x is
+    mean, square = ops.sum(x, axis=axes) / count, ops.sum(ops.square(x), axis=axes) / count
+    return mean, ops.maximum(square - ops.square(mean), 0.0)  # rounded, 0 may be less
 
 
 def _moments(x, covariance):
@@ -153,8 +156,8 @@ def _moments(x, covariance):
     if not covariance:
         mean, variance = _moments_about(rows)
         return origin + mean, variance
-    mean = ops.mean(rows, axis=0)
-    second = ops.matmul(ops.transpose(rows), rows) / ops.cast(ops.shape(rows)[0], rows.dtype)
+    mean = ops.sum(rows, axis=0) / rows.shape[0]
+    second = ops.matmul(ops.transpose(rows), rows) / rows.shape[0]
     return origin + mean, second - ops.outer(mean, mean)
 
 

@@ -115,7 +115,8 @@ class VAE(_Model):
     """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
 
     Images are uint8 grey levels, or floats in [0, 1]; the output is the reconstruction in [0, 1] from a sample of
-    the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly.
+    the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly. Sample weights are not supported;
+    without targets Keras leaves them out in silence.
 
     Metrics, nats per image: `loss` = reconstruction + beta × kl, `reconstruction`, `kl`, and `penalty`, the L2
     penalties of the heads, which training minimises too and `loss` leaves out.
