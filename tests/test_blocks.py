@@ -387,9 +387,10 @@ class Unregistered(keras.initializers.VarianceScaling):
 
     def __init__(self, seed=None):
         super().__init__(0.5, "fan_in", "uniform", seed)
+        self.given = seed
 
     def get_config(self):
-        return {"seed": self._init_seed}
+        return {"seed": self.given}
 
 
 class WithoutConfig(keras.initializers.Initializer):
