@@ -11,7 +11,6 @@ import operator
 from collections.abc import Iterable
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
@@ -368,8 +367,7 @@ class Repeated(layers.Layer):
 
         def initialize(shape, dtype=None):
             if weight.name == "kernel":  # the others start as constants
-                drawn = [another(kernels[owner])(shape[1:], dtype) for _ in range(self.count)]
-                return (np.stack if isinstance(drawn[0], np.ndarray) else ops.stack)(drawn)
+                return ops.stack([another(kernels[owner])(shape[1:], dtype) for _ in range(self.count)])
             return ops.concatenate([weight[None]] * self.count)
 
         return self.add_weight(
