@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
-TEST := TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+TEST := TF_NUM_INTRAOP_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-jax test-torch bench scaling soak lint table1 clean
 
@@ -15,12 +15,12 @@ install: $(VENV)/installed ## make .venv with everything that running needs
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	"$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements.txt
+	"$(BIN)/pip" install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	"$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed ## two depths on embedded digits, through notebooks: table and pictures
@@ -41,18 +41,18 @@ test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is inst
 	$(RUN) KERAS_BACKEND=torch $(TEST)
 
 bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; BENCH="--cases …" for a part
-	$(BIN)/pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
-	$(RUN) $(BIN)/python benchmarks/speed.py $(BENCH)
+	"$(BIN)/pip" install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	$(RUN) "$(BIN)/python" benchmarks/speed.py $(BENCH)
 
 scaling: $(VENV)/installed ## time and memory against depth, width, image size and batch, into results/scaling
-	$(RUN) $(BIN)/python benchmarks/scaling.py $(SCALING)
+	$(RUN) "$(BIN)/python" benchmarks/scaling.py $(SCALING)
 
 soak: $(VENV)/installed ## a quarter of an hour of killing small runs and continuing them, into results/soak
 	$(RUN) scripts/soak.sh
 
 lint: $(VENV)/installed-dev ## ruff on the package, the tests, the scripts and the notebooks
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from resnet_vae.config import Config
-from resnet_vae.records import csv_text, environment, processor_prefers_bfloat16, write_record, write_text
+from resnet_vae.devices import devices, processor_prefers_bfloat16
+from resnet_vae.records import csv_text, environment, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 DEPTHS = (28, 40, 70, 100)  # of the post
@@ -304,8 +305,6 @@ def write(folder, rows):
 def write_ran_on(folder):
     """Write record.json: what the contestants ran on, and the hashes of the tables and the figure."""
     import keras
-
-    from resnet_vae.vae import devices
 
     write_record(folder, environment(keras.backend.backend(), devices()))
 

@@ -6,12 +6,19 @@ import signal
 import sys
 from pathlib import Path
 
+
+def _tell_what_is_missing(error):
+    """A package that is not installed, in one line."""
+    lacks = f"{sys.executable} has no {error.name}"
+    print(f"error: {lacks}; make install, then source .venv/bin/activate", file=sys.stderr)
+    return 2
+
+
 try:
     from resnet_vae.config import Config, UserError, did_you_mean
     from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
 except ModuleNotFoundError as error:
-    print(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_tell_what_is_missing(error))
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -237,6 +244,8 @@ def main():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:  # as of a backend, or of an extra
+        return _tell_what_is_missing(error)
     except BrokenPipeError:  # as of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + signal.SIGPIPE

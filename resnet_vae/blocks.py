@@ -13,10 +13,11 @@ from collections.abc import Iterable
 import keras
 from keras import layers, ops
 
+from resnet_vae.config import PACKAGE
 from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
 from resnet_vae.initialization import another, compiled_once
 from resnet_vae.loop import scan, traced_once
-from resnet_vae.normalization import PACKAGE, BatchNormalization, fold, sparse
+from resnet_vae.normalization import BatchNormalization, fold, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
 ORDERS = ("post", "pre")

@@ -11,9 +11,9 @@ from keras import layers
 
 from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
 from resnet_vae.config import IMAGENET, UserError
+from resnet_vae.devices import worth_compiling
 from resnet_vae.networks import ImageModel, identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
-from resnet_vae.vae import worth_compiling
 
 BOTTLENECK_ON_CIFAR = (164, 1001)  # these are 9n + 2 in the papers; 164 is 6n + 2 as well
 NAMES = "resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110, 1202 (6n + 2); resnet164, resnet1001 (9n + 2)"

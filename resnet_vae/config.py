@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+PACKAGE = "resnet_vae"  # the prefix under which Keras registers the project's classes
 DATASETS = {  # the data sets with a name, and their images' shapes
     "digits": (16, 16, 1),
     "cifar10": (32, 32, 3),
@@ -211,7 +212,7 @@ class Settings(BaseModel):
         Args:
             environ: a mapping, by default os.environ. Empty values count as unset; other names are ignored, unless
                 one is so like a field's that it must be meant for it.
-            **flags: values that take precedence over the environment's, the command line's.
+            **flags: values that take precedence over the environment's, as the command line's do.
 
         Raises:
             ConfigError: listing every bad value and every mistyped name.
@@ -223,7 +224,7 @@ class Settings(BaseModel):
         for name in sorted(set(environ) - set(known)):
             meant = _meant(name, known) if environ[name].strip() else None
             if meant:
-                problems.append(f"{name} is no setting; did you mean {meant}?")
+                problems.append(f"{name} is no setting; did you mean {meant}? If not, unset {name}")
         problems += _backend_problem(environ.get("KERAS_BACKEND", ""))
         if "cmdline" in values:  # the post's meaning: set at all
             values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
@@ -236,7 +237,7 @@ class Settings(BaseModel):
         for name in values:
             config._origins[name] = f"environment ({name.upper()})"
         for name in flags:
-            config._origins[name] = "command line"
+            config._origins[name] = "argument"
         return config
 
     @property
@@ -414,7 +415,8 @@ class Config(Settings):
     @property
     def folder(self):
         """The run's folder."""
-        return Path(self.outdir or f"runs/{Path(self.dataset).stem}-depth-{self.resnet_depth}").expanduser()
+        data = Path(self.dataset).name.removesuffix(".npz")
+        return Path(self.outdir or f"runs/{data}-depth-{self.resnet_depth}").expanduser()
 
     @property
     def loss_meaning(self):

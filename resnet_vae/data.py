@@ -139,6 +139,23 @@ def check_dataset(dataset, setting="DATASET"):
         )
 
 
+def check_data_of(config, data):
+    """Refuse data that are not what `load_data` loads for a configuration, as far as they tell.
+
+    Raises:
+        DataError: another name, image shape, or choice of validation images.
+    """
+    given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout")
+    shape = config.image_shape or data.image_shape
+    asked = (Path(config.dataset).name, tuple(shape), config.validation)
+    if given != asked:
+        told = [", ".join(map(str, each)) for each in (given, asked)]
+        raise DataError(
+            f"these data are not the configuration's: name, image shape and validation are {told[0]}; expected "
+            f"{told[1]}, as load_data(config) gives them"
+        )
+
+
 def labelled(data):
     """The data itself, if it has labels.
 
@@ -420,8 +437,6 @@ def _levels(path, images):
 
 def _folder(path, shape):
     """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
-    for _ in os.walk(path, onerror=_refuse):  # a folder that may not be opened is left out elsewhere without a word
-        pass
     parts = _parts(path)
     files = [_image_files(part) for part in parts]
     if not files[0]:
@@ -444,18 +459,21 @@ def _folder(path, shape):
 
 
 def _refuse(error):
-    """Tell of a folder that cannot be opened, unless it is hidden."""
-    if not Path(error.filename).name.startswith("."):
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+    """Tell of a folder that cannot be opened."""
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}")
 
 
-def _image_files(folder, pattern="**/*"):
-    """The image files in a folder, sorted, without what is hidden."""
-
-    def hidden(file):
-        return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-    return sorted(f for f in folder.glob(pattern) if f.suffix.lower() in SUFFIXES and not hidden(f) and f.is_file())
+def _image_files(folder, below=True):
+    """The image files in a folder, by default also those below it, sorted, without what is hidden."""
+    files = []
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        place = Path(place)
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
+        for link in (place / name for name in folders if (place / name).is_symlink()):
+            if link.resolve() in (step.resolve() for step in (place, *place.parents, *place.resolve().parents)):
+                raise DataError(f"{link} is a link to a folder that it is in; remove it")
+        files += [place / name for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _parts(path):
@@ -465,7 +483,7 @@ def _parts(path):
     others = [folder for folder in folders if folder not in train + test]
     parted = train or test
     unused = [folder for folder in others if folder.name.lower() in UNUSED_PARTS or (parted and _image_files(folder))]
-    loose = _image_files(path, "*") if parted else []
+    loose = _image_files(path, below=False) if parted else []
     if len(train) > 1 or len(test) > len(train) or unused or loose:
         found = ", ".join(entry.name for entry in [*train, *test, *unused, *loose[:1]])
         raise DataError(

@@ -10,9 +10,9 @@ import keras
 from keras import layers, ops
 
 from resnet_vae.blocks import Repeated, conv_block, identity_block
-from resnet_vae.config import LAYERS, blocks_per_stage
+from resnet_vae.config import LAYERS, PACKAGE, blocks_per_stage
 from resnet_vae.convolution import matrix, pointwise
-from resnet_vae.normalization import PACKAGE, BatchNormalization
+from resnet_vae.normalization import BatchNormalization
 
 FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
 SCALE = 8  # an image's side is 8 times that of the smallest feature map

@@ -9,9 +9,8 @@ import math
 import keras
 from keras import layers, ops
 
+from resnet_vae.config import PACKAGE
 from resnet_vae.convolution import matrix, pointwise
-
-PACKAGE = "resnet_vae"  # the prefix under which Keras registers the project's classes
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from resnet_vae.normalization import PACKAGE
+from resnet_vae.config import PACKAGE
 
 LONG = 2**14  # numbers in a gradient from which a pass over it takes longer than preparing not to make it
 

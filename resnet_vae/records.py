@@ -21,6 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
 from resnet_vae.config import Config, ConfigError, UserError
+from resnet_vae.devices import processor
 
 FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
 PICTURES = ("curves", "reconstructions", "samples", "interpolations")  # of a run, each a .png
@@ -252,9 +253,9 @@ def csv_text(rows, columns):
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all."""
     with whole(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -296,7 +297,7 @@ def read_json(path):
         RecordError: it is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordError(f"{path} is missing; is {path.parent} the folder of a finished run?") from None
     except OSError as error:
@@ -328,37 +329,13 @@ def environment(backend, devices):
     program = Path(sys.argv[0]).name
     return {
         "commit": commit,
-        "dirty": None if commit is None else bool(changes),
+        "dirty": None if commit is None or changes is None else bool(changes),
         "python": platform.python_version(),
         "backend": backend,
         "versions": {name: installed(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")},
         "devices": devices,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": platform.platform(),
         "command": "a notebook" if program == "ipykernel_launcher.py" else " ".join([program, *sys.argv[1:]]),
     }
-
-
-def _cpuinfo(*names):
-    """The value of the first line of /proc/cpuinfo with one of these names, or nothing."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
-
-
-def _processor():
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def processor_prefers_bfloat16():
-    """Whether the processor computes faster in bfloat16 than in float32, as far as Linux tells.
-
-    With AMX, Arm's BF16, or AVX512_BF16, but Intel's of the last take twice as long as float32 (Sapphire Rapids without
-    AMX: 168 to 339 GFLOP/s in matrix products of two cores; an AMD EPYC: 700 to 328).
-    """
-    flags = set(_cpuinfo("flags", "Features").split())
-    amd = _cpuinfo("vendor_id") == "AuthenticAMD"
-    return not flags.isdisjoint({"amx_bf16", "bf16"}) or (amd and "avx512_bf16" in flags)

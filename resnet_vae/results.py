@@ -5,6 +5,7 @@ from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
+from resnet_vae.devices import devices, precision
 from resnet_vae.records import check_data, csv_text, environment, model_of, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
@@ -47,13 +48,13 @@ def load_run(folder):
     """
     run = read_run(folder)
     path = model_of(run.folder)
-    from resnet_vae.training import build_vae  # with all of the package's classes, for load_model
+    from resnet_vae.vae import build_vae
 
     vae = build_vae(run.config)
     vae.kl_warmup_steps = 0  # they are over, however few there were
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Keras only warns of weights that are not in the file
+            warnings.simplefilter("error", UserWarning)  # Keras only warns of weights that are not in the file
             vae.load_weights(path)
     except Exception as error:  # zip, HDF5 and Keras each raise their own on a broken file
         raise UserError(f"{path} cannot be read as the weights of this run: {error}") from None
@@ -89,7 +90,6 @@ def evaluate_run(folder, dataset):
     import keras
 
     from resnet_vae.training import evaluate
-    from resnet_vae.vae import devices, precision
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
@@ -104,7 +104,7 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(run.folder / f"evaluation-{Path(data.name).stem}.json", result)
+    write_json(run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json", result)
     return result
 
 

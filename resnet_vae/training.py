@@ -17,7 +17,8 @@ from keras import ops
 
 from resnet_vae import checkpoints
 from resnet_vae.config import UserError
-from resnet_vae.data import augment, entropy_floor, load_data
+from resnet_vae.data import augment, check_data_of, entropy_floor, load_data
+from resnet_vae.devices import devices, precision
 from resnet_vae.optimizer import compile_vae
 from resnet_vae.records import (
     FIGURES,
@@ -30,12 +31,12 @@ from resnet_vae.records import (
     write_json,
     write_text,
 )
-from resnet_vae.vae import build_vae, count_parameters, devices, precision
+from resnet_vae.vae import build_vae, count_parameters
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
 NETWORK = ("initialization", "loop", "convolution", "normalization", "blocks", "networks", "vae")
-MODULES = ("config", "data", *NETWORK, "optimizer", "training")  # whose code decides what is trained
+MODULES = ("config", "data", "devices", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 SHARE = 0.01  # of the time that writing checkpoints may take
 COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
@@ -415,11 +416,13 @@ def train(config, data=None):
         The run's folder, a Path, with config.json, history.csv, metrics.json, provenance.json and model.keras.
 
     Raises:
-        UserError: data that cannot be had; a folder of another configuration, other data or another process, or that
-            cannot be written; a checkpoint that is damaged; a loss that is no longer a number; too little memory; a
-            signal to stop.
+        UserError: data that cannot be had, or are not the configuration's; a folder of another configuration, other
+            data or another process, or that cannot be written; a checkpoint that is damaged; a loss that is no longer
+            a number; too little memory; a signal to stop.
     """
     folder = config.folder
+    if data is not None:
+        check_data_of(config, data)
     if is_finished(config, data):
         print(f"{folder} holds a finished run of this configuration")
         return folder

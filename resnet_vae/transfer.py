@@ -6,8 +6,8 @@ After "How transferable are features in deep neural networks?" (https://arxiv.or
 import keras
 from keras import layers, ops
 
+from resnet_vae.config import PACKAGE
 from resnet_vae.networks import ImageModel
-from resnet_vae.normalization import PACKAGE
 
 
 def take_over(target, source):

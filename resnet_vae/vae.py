@@ -8,10 +8,9 @@ import keras
 from keras import layers, ops
 
 from resnet_vae.blocks import Repeated
-from resnet_vae.config import DATASETS, OBJECTIVES
+from resnet_vae.config import DATASETS, OBJECTIVES, PACKAGE
+from resnet_vae.devices import precision, worth_compiling
 from resnet_vae.networks import build_decoder, build_encoder, scale
-from resnet_vae.normalization import PACKAGE
-from resnet_vae.records import processor_prefers_bfloat16
 
 
 def reconstruction_loss(images, reconstructions):
@@ -251,55 +250,6 @@ class VAE(_Model):
         return cls(**{**config, **parts})
 
 
-def devices():
-    """List the devices that the backend computes on, as "gpu:0, NVIDIA H200", or as "cpu:0"."""
-    gpus = [f"gpu:{number}, {name}" for number, (name, _) in enumerate(_gpus())]
-    return gpus or (["cpu:0"] if keras.backend.backend() == "torch" else keras.distribution.list_devices())
-
-
-def _gpus():
-    """The name and the compute capability of each NVIDIA GPU that the backend computes on."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-        return [(each.get("device_name", "unknown"), each.get("compute_capability", (0, 0))) for each in details]
-    if backend == "jax":
-        import jax
-
-        gpus = [device for device in jax.devices() if device.platform == "gpu"]
-        versions = [str(getattr(gpu, "compute_capability", "0.0")).split(".") for gpu in gpus]
-        return [(gpu.device_kind, tuple(map(int, each))) for gpu, each in zip(gpus, versions, strict=True)]
-    import torch
-
-    numbers = range(torch.cuda.device_count())
-    return [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)) for number in numbers]
-
-
-def worth_compiling():
-    """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
-    return keras.backend.backend() != "tensorflow" or bool(_gpus())
-
-
-def precision(config):
-    """The dtype policy that a configuration asks for; "auto" is told by what computes here.
-
-    mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors that
-    compute faster in it; on others it is emulated, several times slower than float32.
-    """
-    if config.precision != "auto":
-        return config.precision
-    return "mixed_bfloat16" if _computes_in_bfloat16() else "float32"
-
-
-def _computes_in_bfloat16():
-    gpus = _gpus()
-    if gpus:
-        return gpus[0][1] >= (8, 0)
-    return keras.backend.backend() != "jax" and processor_prefers_bfloat16()
-
-
 def build_vae(config, image_shape=None):
     """Build the VAE that a configuration describes.
 
@@ -317,7 +267,7 @@ def build_vae(config, image_shape=None):
     image_shape = image_shape or config.image_shape or DATASETS.get(config.dataset)
     if image_shape is None:
         raise ValueError(f"the image shape of {config.dataset} is not known here; pass image_shape or set IMAGE_SHAPE")
-    if len(image_shape) != 3 or image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
+    if len(image_shape) != 3 or None in image_shape or image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
         raise ValueError(
             f"image shape {tuple(image_shape)}: expected height, width and channels, the first two multiples of 8"
         )

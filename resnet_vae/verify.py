@@ -191,7 +191,7 @@ def _equal(first, second):
 
 def _columns(folder):
     try:
-        with open(folder / "history.csv", newline="") as file:
+        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise RecordError(f"{folder / 'history.csv'} cannot be read: {error.strerror}") from None

@@ -40,9 +40,7 @@ evaluate() { # a finished run, once
   "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
 }
 
-mapfile -t runs <<< "$runs"
-for run in "${runs[@]}"; do
-  read -ra settings <<< "$run"
+while read -ra settings <&3; do # not mapfile, which macOS's bash is without
   name=${settings[0]}
   settings[0]=OUTDIR=$sweep/$name
   env "${settings[@]}" "$PYTHON" -m resnet_vae finished
@@ -72,7 +70,7 @@ for run in "${runs[@]}"; do
     *) failed+=("$name") ;;
   esac
   child=
-done
+done 3<<< "$runs"
 
 "$PYTHON" -m resnet_vae table "$sweep" || failed+=(table)
 if [ ${#failed[@]} -gt 0 ]; then

@@ -177,7 +177,7 @@ MISTYPED = {
 def test_a_mistyped_name_is_told_with_the_one_that_is_meant(meant, name):
     with pytest.raises(ConfigError) as error:
         Config.from_env({name: "3"})
-    assert str(error.value) == f"{name} is no setting; did you mean {meant}?"
+    assert str(error.value) == f"{name} is no setting; did you mean {meant}? If not, unset {name}"
 
 
 def test_a_mistyped_name_is_told_in_python_too():
@@ -209,7 +209,7 @@ def test_values_and_where_they_came_from():
     }
     origins = config.origins
     assert origins["epochs"] == "environment (EPOCHS)"
-    assert origins["batch_size"] == "command line"
+    assert origins["batch_size"] == "argument"
     assert origins["activation"] == "preset"
     assert origins["latent_dim"] == "default"
     for name in Config.model_fields:
@@ -242,6 +242,13 @@ def test_a_configuration_is_frozen_and_survives_its_record():
     for broken in ({}, [], {"values": 3, "origins": {}}, {"values": {"width": "x"}, "origins": {}}):
         with pytest.raises(ConfigError):
             Config.from_record(broken)
+
+
+def test_a_runs_folder_has_the_whole_name_of_the_data():
+    names = ("cifar10", "data/cifar10.1", "data/tiny.npz")
+    folders = [Config(dataset=name).folder for name in names]
+    assert folders == [Path(f"runs/{name}-depth-28") for name in ("cifar10", "cifar10.1", "tiny")]
+    assert Euler(outdir="~/euler").folder == Path.home() / "euler"
 
 
 def test_package_and_configuration_import_no_backend():

@@ -261,6 +261,18 @@ def test_hidden_folders_are_not_read(tmp_path):
     assert sum(map(len, (data.train, data.validation, data.test))) == 20
 
 
+def test_folders_that_are_links_are_followed(tmp_path):
+    """As where a data set is put together of parts that are elsewhere."""
+    write_folder(tmp_path / "elsewhere", pictures(20, 8, 8))
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for number in range(2):
+        (tmp_path / "data" / "train" / f"class{number}").symlink_to(tmp_path / "elsewhere" / f"class{number}")
+    assert load(tmp_path / "data").fingerprint == load(tmp_path / "elsewhere").fingerprint
+    (tmp_path / "elsewhere" / "class1" / "again").symlink_to(tmp_path / "data")
+    with pytest.raises(DataError, match="class1/again is a link to a folder that it is in"):
+        load(tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -233,9 +233,7 @@ def test_the_plane_of_a_path_is_that_of_its_largest_scatter():
 
 def test_a_record_that_was_changed_is_told(tmp_path):
     """By its hashes; and where these were changed, too, by its picture."""
-    folder = euler.run(
-        Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10, cmdline=True)
-    )
+    folder = euler.run(Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10))
     assert verify(folder) == []
     record, table = json.loads((folder / "record.json").read_text()), (folder / "euler.csv").read_text()
     assert record["settings"]["finest"] == 16

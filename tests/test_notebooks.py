@@ -103,13 +103,19 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
 
 
 def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
-    """A folder in use, and a depth with a number of epochs of its own; the sweep of another setting, too."""
+    """A folder in use, and a depth with a number of epochs of its own; the sweep of another setting, too.
+
+    In a bash without what came after version 3, which is macOS's.
+    """
+    (tmp_path / "former_bash").write_text("enable -n mapfile readarray")
     (tmp_path / "sweep" / "decoder-mirrored_depth-34").mkdir(parents=True)
     with filelock.FileLock(tmp_path / "sweep" / "decoder-mirrored_depth-34" / "lock"):
         done = subprocess.run(
             [HOME / "scripts" / "run_all.sh", "sweep"],
             cwd=tmp_path,
-            env=environment(sweep="DECODER DEPTHS", decoder="mirrored", depths="34:1 28:2", runner="command"),
+            env=environment(
+                sweep="DECODER DEPTHS", decoder="mirrored", depths="34:1 28:2", runner="command", bash_env="former_bash"
+            ),
             capture_output=True,
             text=True,
             check=False,

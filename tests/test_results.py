@@ -191,6 +191,13 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "new"
 
 
+def test_files_are_in_utf8_whatever_the_locale_is(tmp_path):
+    write = "import sys; from resnet_vae.records import *; write_text(Path(sys.argv[1]), chr(946))"
+    environ = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", write, tmp_path / "a"], check=True, env=environ)
+    assert (tmp_path / "a").read_bytes() == "β".encode()
+
+
 def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tmp_path):
     for number, (name, width, depth) in enumerate((w, x, d) for w in ["cifar100"] for x in (0.5, 1) for d in (28, 40)):
         write_run(tmp_path / "sweep" / str(number), depth, 1800.0, name, width=width, objective="published")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 import zipfile
 from pathlib import Path
@@ -24,7 +25,7 @@ from matplotlib.image import imread
 from resnet_vae import Config, build_vae, load_data, load_run, train
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
-from resnet_vae.data import entropy_floor
+from resnet_vae.data import DataError, entropy_floor
 from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
@@ -215,6 +216,35 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
         train(config.replace(epochs=4, seed=1))
     assert before == {path: path.stat().st_mtime_ns for path in finished_run.iterdir()}
     assert not is_finished(config.replace(outdir=str(finished_run.parent / "new")))
+
+
+@pytest.mark.parametrize("other", [{"dataset": "a.npz"}, {"image_shape": (8, 8, 1)}, {"validation": "test"}], ids=str)
+def test_data_of_another_configuration_are_refused(tmp_path, other):
+    """The record would be of what was not trained on."""
+    config = Config(**TINY, outdir=str(tmp_path / "run"))
+    with pytest.raises(DataError, match="these data are not the configuration's"):
+        train(config.replace(**other), load_data(config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_loaded_whatever_other_packages_warn_of(finished_run, monkeypatch):
+    load_weights = VAE.load_weights
+
+    def warning(self, *args, **kwargs):
+        warnings.warn("a function will be gone", DeprecationWarning, stacklevel=2)
+        return load_weights(self, *args, **kwargs)
+
+    monkeypatch.setattr(VAE, "load_weights", warning)
+    with pytest.warns(DeprecationWarning, match="will be gone"):
+        load_run(finished_run)
+
+
+def test_a_package_that_is_missing_is_told_in_a_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run_command("train", *flags(**TINY, outdir=tmp_path / "run")) == 2
+    assert capsys.readouterr().err == (
+        f"error: {sys.executable} has no sklearn.datasets; make install, then source .venv/bin/activate\n"
+    )
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,8 +15,9 @@ from scipy import integrate, special, stats
 from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
+from resnet_vae.devices import devices, precision
 from resnet_vae.optimizer import AdamW
-from resnet_vae.vae import VAE, Sampling, devices, kl_divergence, precision, reconstruction_loss
+from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
 
 RNG = np.random.default_rng(0)
 
@@ -315,6 +317,7 @@ def test_fit_lowers_the_loss(saved):
 
 LOAD = """
 import sys
+from types import SimpleNamespace
 {imports}
 import numpy as np
 vae = keras.saving.load_model(sys.argv[1] + "/vae.keras")
@@ -413,8 +416,9 @@ def test_other_image_shapes(shape):
 
 
 def test_shapes_that_cannot_be():
-    with pytest.raises(ValueError, match="multiples of 8"):
-        build_vae(Config(), (30, 32, 3))
+    for shape in ((30, 32, 3), (None, None, 3)):
+        with pytest.raises(ValueError, match="multiples of 8"):
+            build_vae(Config(), shape)
     with pytest.raises(ValueError, match="set IMAGE_SHAPE"):
         build_vae(Config(dataset="some/folder"))
 
@@ -422,7 +426,7 @@ def test_shapes_that_cannot_be():
 def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
     def processor(vendor, flags):
         told = {"vendor_id": vendor, "flags": flags}
-        monkeypatch.setattr("resnet_vae.records._cpuinfo", lambda *names: told.get(names[0], ""))
+        monkeypatch.setattr("resnet_vae.devices._cpuinfo", lambda *names: told.get(names[0], ""))
 
     for vendor, flags in (("AuthenticAMD", "fpu avx2"), ("GenuineIntel", "fpu avx512f avx512_bf16")):
         processor(vendor, flags)
@@ -432,9 +436,16 @@ def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
     processor("AuthenticAMD", "fpu avx512f avx512_bf16")
     for name, capability, expected in (("Tesla T4", (7, 5), "float32"), ("NVIDIA H200", (9, 0), "mixed_bfloat16")):
         with monkeypatch.context() as gpu:
-            gpu.setattr("resnet_vae.vae._gpus", lambda found=(name, capability): [found])
+            gpu.setattr("resnet_vae.devices._gpus", lambda found=(name, capability): [found])
             assert precision(Config()) == expected
             assert devices() == [f"gpu:0, {name}"]
+    if keras.backend.backend() == "jax":  # as JAX tells of AMD's
+        import jax
+
+        card = SimpleNamespace(platform="gpu", device_kind="Instinct", compute_capability="gfx90a")
+        with monkeypatch.context() as gpu:
+            gpu.setattr(jax, "devices", lambda: [card])
+            assert (precision(Config()), devices()) == ("float32", ["gpu:0, Instinct"])
     vae = build_vae(Config(**{**TINY, "precision": "auto"}))
     dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
     assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype

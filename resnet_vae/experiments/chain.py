@@ -5,7 +5,7 @@ Vectors, no batches; NumPy only. The derivative of the loss by an early weight i
 the identity (or the projection P where the widths differ).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Chain:
     activation: str = "tanh"
     residual: bool = False
     steps: list = None
-    projections: list = field(default=None)
+    projections: list = None
 
     def __post_init__(self):
         count = len(self.weights)

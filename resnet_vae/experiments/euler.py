@@ -10,9 +10,9 @@ import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
 
+from resnet_vae.config import PACKAGE
 from resnet_vae.experiments.chain import Chain
 from resnet_vae.experiments.record import write_experiment
-from resnet_vae.normalization import PACKAGE
 
 
 def field(width, seed=0):
@@ -23,9 +23,9 @@ def field(width, seed=0):
     return lambda t: np.cos(2 * t) * first + np.sin(3 * t) * second, lambda t: np.cos(t) * offset
 
 
-def network_output(count, u, weights, biases, end=1.0):
-    """y[L] of the ResNet whose layers are `count` Euler steps from 0 to `end`."""
-    step = end / count
+def network_output(count, u, weights, biases):
+    """y[L] of the ResNet whose layers are `count` Euler steps from 0 to 1."""
+    step = 1 / count
     times = step * np.arange(count)
     chain = Chain([weights(t) for t in times], [biases(t) for t in times], "tanh", residual=True, steps=[step] * count)
     return chain.forward(u)[-1]

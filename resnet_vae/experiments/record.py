@@ -4,9 +4,9 @@ import csv
 
 import keras
 
+from resnet_vae.devices import devices
 from resnet_vae.plots import save
 from resnet_vae.records import RecordError, csv_text, environment, write_record, write_text
-from resnet_vae.vae import devices
 
 
 def write_experiment(settings, tables, figures):
@@ -42,7 +42,7 @@ def read_tables(folder):
     """Read a folder's csv files back: name → list of rows, numbers as numbers."""
     tables = {}
     for path in sorted(folder.glob("*.csv")):
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             tables[path.stem] = [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
     return tables
 

@@ -57,12 +57,11 @@ class Experiment(Settings):
     """What all settings of experiments have in common."""
 
     outdir: PathText = Field("", description="the record's folder (default: runs/ and the experiment's name)")
-    cmdline: bool = Field(False, description="set where nobody is watching")
 
     @property
     def folder(self):
         """Where the record goes."""
-        return Path(self.outdir or f"runs/{type(self).__name__.lower()}")
+        return Path(self.outdir or f"runs/{type(self).__name__.lower()}").expanduser()
 
 
 class Networks(Experiment):
@@ -170,7 +169,7 @@ def settings_of(notebook):
     path = Path(notebook)
     if path.is_file():
         try:
-            json.loads(path.read_text())["nbformat"]
+            json.loads(path.read_text(encoding="utf-8"))["nbformat"]
         except (ValueError, TypeError, KeyError):
             raise ConfigError(f"{path} is no notebook; expected an .ipynb file as Jupyter writes it") from None
     elif path.stem not in NOTEBOOKS:

@@ -1,0 +1,91 @@
+"""What computes here: the processor, the backend's devices, and which precision is fast on them."""
+
+import platform
+from pathlib import Path
+
+
+def _cpuinfo(*names):
+    """The value of the first line of /proc/cpuinfo with one of these names, or nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
+
+
+def processor():
+    """The processor's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_prefers_bfloat16():
+    """Whether the processor computes faster in bfloat16 than in float32, as far as Linux tells.
+
+    With AMX, Arm's BF16, or AVX512_BF16, but Intel's of the last take twice as long as float32 (Sapphire Rapids without
+    AMX: 168 to 339 GFLOP/s in matrix products of two cores; an AMD EPYC: 700 to 328).
+    """
+    flags = set(_cpuinfo("flags", "Features").split())
+    amd = _cpuinfo("vendor_id") == "AuthenticAMD"
+    return not flags.isdisjoint({"amx_bf16", "bf16"}) or (amd and "avx512_bf16" in flags)
+
+
+def devices():
+    """List the devices that the backend computes on, as "gpu:0, NVIDIA H200", or as "cpu:0"."""
+    import keras
+
+    gpus = [f"gpu:{number}, {name}" for number, (name, _) in enumerate(_gpus())]
+    if gpus:
+        return gpus
+    if keras.backend.backend() == "torch":  # "cpu", or a Mac's "mps:0"
+        return [str(keras.ops.zeros(()).device)]
+    return keras.distribution.list_devices()
+
+
+def _gpus():
+    """The name and the compute capability of each NVIDIA GPU that the backend computes on."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+        return [(each.get("device_name", "unknown"), each.get("compute_capability", (0, 0))) for each in details]
+    if backend == "jax":
+        import jax
+
+        gpus = [device for device in jax.devices() if device.platform == "gpu"]
+        versions = [str(getattr(gpu, "compute_capability", "")).split(".") for gpu in gpus]
+        numbers = [tuple(int(part) for part in each if part.isdecimal()) for each in versions]  # AMD's is gfx90a
+        return [(gpu.device_kind, number) for gpu, number in zip(gpus, numbers, strict=True)]
+    import torch
+
+    numbers = range(torch.cuda.device_count())
+    return [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)) for number in numbers]
+
+
+def worth_compiling():
+    """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
+    import keras
+
+    return keras.backend.backend() != "tensorflow" or bool(_gpus())
+
+
+def precision(config):
+    """The dtype policy that a configuration asks for; "auto" is told by what computes here.
+
+    mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors that
+    compute faster in it; on others it is emulated, several times slower than float32.
+    """
+    if config.precision != "auto":
+        return config.precision
+    return "mixed_bfloat16" if _computes_in_bfloat16() else "float32"
+
+
+def _computes_in_bfloat16():
+    import keras
+
+    gpus = _gpus()
+    if gpus:
+        return gpus[0][1] >= (8, 0)
+    return keras.backend.backend() != "jax" and processor_prefers_bfloat16()
