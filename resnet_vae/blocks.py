@@ -21,7 +21,7 @@ from resnet_vae.normalization import BatchNormalization, fold, sparse
 
 SHORTCUTS = ("identity", "projection", "pool", "pad", "none")
 ORDERS = ("post", "pre")
-FOLDED = 128  # channels of a 1×1's input up to which folding its normalisation takes less time than applying it
+FOLDED = 128  # channels of a 1×1's input up to which it is quicker to fold its normalisation than to apply it
 OPTIONS = ("shortcut", "order", "learned_step", "gain", "momentum", "epsilon", "use_bias", "kernel_initializer")
 
 

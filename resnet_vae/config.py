@@ -301,13 +301,13 @@ class Config(Settings):
     )
     order: Literal["post", "pre"] = Field(
         "post",
-        description="post: ReLU after the addition; pre: ReLU before each convolution, after one that reads the image",
+        description="post: ReLU after the addition; pre: ReLU before each convolution but a first, plain one",
     )
     shortcut: Literal["projection", "pool", "pad", "none"] = Field(
         "projection",
         description="where the shape changes: projection, pool or pad; none: no shortcuts at all, a plain network",
     )
-    learned_step: bool = Field(False, description="what a block adds is multiplied by a trained number, 1 at first")
+    learned_step: bool = Field(False, description="what a block adds is scaled by a trained number, 1 at first")
     stem: int = Field(0, ge=0, le=64, description="plain 3x3 convolutions before the first block and after the last")
     decoder: Literal["mirrored", "published"] = Field(
         "mirrored",
@@ -366,7 +366,8 @@ class Config(Settings):
         False, description="recompute the inside of repeated blocks for the gradient: less memory, slower steps"
     )
     deterministic: bool = Field(
-        True, description="bit-identical results on the same machine, also after an interruption, but not a rollback"
+        True,
+        description="bit-identical results on one machine (TensorFlow; JAX on CPUs), interrupted or not; not rollbacks",
     )
     rollbacks: int = Field(
         0,

@@ -5,6 +5,7 @@ import functools
 import keras
 from keras import layers, ops
 
+from resnet_vae.devices import computes_on_gpu
 from resnet_vae.loop import within_loop
 
 
@@ -100,11 +101,8 @@ def convolved_constant(constant, kernel, height, width):
 
 def _is_for_onednn(x):
     """Whether convolutions of x are those of oneDNN in bfloat16, some of which take long on processors with AMX."""
-    if keras.backend.backend() != "tensorflow" or x.dtype != "bfloat16" or None in x.shape[1:]:
-        return False
-    import tensorflow as tf
-
-    return not tf.config.list_physical_devices("GPU")
+    known = keras.backend.backend() == "tensorflow" and x.dtype == "bfloat16" and None not in x.shape[1:]
+    return known and not computes_on_gpu()
 
 
 def _is_narrow(x):

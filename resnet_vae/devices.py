@@ -42,7 +42,7 @@ def devices():
 
 
 def _gpus():
-    """The name and the compute capability of each NVIDIA GPU that the backend computes on."""
+    """The name and the compute capability of each GPU that the backend computes on."""
     import keras
 
     backend = keras.backend.backend()
@@ -64,11 +64,16 @@ def _gpus():
     return [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)) for number in numbers]
 
 
+def computes_on_gpu():
+    """Whether the backend computes on an NVIDIA or AMD GPU."""
+    return bool(_gpus())
+
+
 def worth_compiling():
     """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
     import keras
 
-    return keras.backend.backend() != "tensorflow" or bool(_gpus())
+    return keras.backend.backend() != "tensorflow" or computes_on_gpu()
 
 
 def precision(config):

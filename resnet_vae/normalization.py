@@ -1,4 +1,4 @@
-"""Batch normalisation (https://arxiv.org/abs/1502.03167), and what it and a 1×1 convolution are in one.
+"""Batch normalisation (https://arxiv.org/abs/1502.03167), and a 1×1 convolution and its normalisation in one.
 
 Both functions at the end are exact: the batch moments of a 1×1 convolution's outputs follow from something smaller
 than these outputs, so that the normalisation need not pass over them.
@@ -11,6 +11,7 @@ from keras import layers, ops
 
 from resnet_vae.config import PACKAGE
 from resnet_vae.convolution import matrix, pointwise
+from resnet_vae.devices import computes_on_gpu
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -24,7 +25,7 @@ class BatchNormalization(layers.BatchNormalization):
     """
 
     def call(self, inputs, training=None, mask=None):
-        if mask is not None or not self._fuses(inputs):
+        if mask is not None or not self._fuses(inputs, training):
             return super().call(inputs, training=training, mask=mask)
         return self._fused(inputs, None, None, training)
 
@@ -41,7 +42,7 @@ class BatchNormalization(layers.BatchNormalization):
             training: as of `call`.
             shift: (channels,), or None.
         """
-        if self._fuses(inputs):
+        if self._fuses(inputs, training):
             return self._fused(inputs, bias, shift, training)
         if bias is not None:
             if training and self.trainable:
@@ -50,11 +51,13 @@ class BatchNormalization(layers.BatchNormalization):
         outputs = self.call(inputs, training=training)
         return outputs if shift is None else ops.add(outputs, ops.cast(shift, outputs.dtype))
 
-    def _fuses(self, inputs):
+    def _fuses(self, inputs, training):
         simple = self.scale and self.center and not (self.renorm or self.synchronized)
         simple = simple and self.axis in (-1, len(inputs.shape) - 1)
         if keras.backend.backend() == "tensorflow":
             known = keras.backend.standardize_dtype(inputs.dtype) in ("float16", "bfloat16", "float32")
+            # with fixed statistics its gradient is an error on GPUs if TensorFlow is to be deterministic
+            known = known and ((training and self.trainable) or not computes_on_gpu())
             return simple and known and len(inputs.shape) == 4 and self.variable_dtype == "float32"
         precise = self.variable_dtype in ("float32", "float64") and keras.backend.is_float_dtype(inputs.dtype)
         return keras.backend.backend() == "jax" and simple and precise

@@ -5,7 +5,7 @@ from keras import ops
 
 from resnet_vae.config import PACKAGE
 
-LONG = 2**14  # numbers in a gradient from which a pass over it takes longer than preparing not to make it
+LONG = 2**14  # numbers in a gradient from which leaving out a pass that is not needed pays for a `tf.cond`
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -454,7 +454,10 @@ def train(config, data=None):
 
 
 def be_deterministic():
-    """From here on compute the same bits each time: on TensorFlow this has to be asked for."""
+    """From here on compute the same bits each time, in the whole process: on TensorFlow this has to be asked for.
+
+    JAX does so on CPUs by itself, on GPUs where XLA_FLAGS has --xla_gpu_deterministic_ops=true. PyTorch is not asked.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

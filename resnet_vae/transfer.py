@@ -58,7 +58,7 @@ def take_over(target, source):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Features(keras.Model):
-    """A functional Model that computes in training what it computes otherwise: normalisations use what they learned.
+    """A functional Model that also in training computes as it does otherwise: normalisations use their averages.
 
     Keras passes the `training` of the outer model on, also where a model was called with training=False.
     """

@@ -80,7 +80,7 @@ class _Model(keras.Model):
 
 
 class _Calibration(_Model):
-    """A VAE's encoder and decoder as in training, for the moving averages that this moves: images → a one a batch."""
+    """Runs a VAE's encoder and decoder as in training, which moves their moving averages: images → a one a batch."""
 
     def __init__(self, encoder, decoder, sampler, **kwargs):
         super().__init__(**kwargs)

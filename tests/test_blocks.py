@@ -521,6 +521,24 @@ def test_bias_before_a_normalization(dtype, shape):
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's fused operation")
+def test_fixed_statistics_are_not_fused_on_gpus(monkeypatch):
+    """There the fused operation's gradient is an error where TensorFlow is to be deterministic, as `train` asks it."""
+    import tensorflow as tf
+
+    x = RNG.standard_normal((4, 3, 3, 5)).astype("float32")
+    layer, fused, normalize = BatchNormalization(), [], tf.compat.v1.nn.fused_batch_norm
+    monkeypatch.setattr(tf.compat.v1.nn, "fused_batch_norm", lambda *a, **k: fused.append(1) or normalize(*a, **k))
+    layer(x, training=True)
+    expected = layer(x)
+    assert len(fused) == 2
+    monkeypatch.setattr("resnet_vae.devices._gpus", lambda: [("a GPU", (9, 0))])
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(fused) == 2
+    layer(x, training=True)
+    assert len(fused) == 3
+
+
 def test_blocks_start_as_their_shortcuts():
     x = np.abs(RNG.standard_normal((2, 4, 4, 8))).astype("float32")
     for order in ("post", "pre"):
