@@ -197,5 +197,6 @@ def build_decoder(config, image_shape):
     x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)
     x = layers.Reshape((rows, columns, depth), name="reshape")(x)
     x = _apply_stages(x, config, transpose=True)  # (batch, height, width, filters)
-    images = Conv2DTranspose(channels, 1, activation="sigmoid", dtype="float32", name="image")(x)
+    logits = Conv2DTranspose(channels, 1, dtype="float32", name="image")(x)
+    images = layers.Activation("sigmoid", dtype="float32", name="image_sigmoid")(logits)
     return keras.Model(latents, images, name="decoder")

@@ -13,19 +13,28 @@ from resnet_vae.devices import precision, worth_compiling
 from resnet_vae.networks import build_decoder, build_encoder, scale
 
 
-def reconstruction_loss(images, reconstructions):
-    """Binary cross-entropy summed over pixels and channels: (batch, …) twice, in [0, 1] → (batch,) nats.
+def reconstruction_loss(images, logits):
+    """Binary cross-entropy summed over pixels and channels: images in [0, 1] and logits, (batch, …) → (batch,) nats.
 
     Grey levels between 0 and 1 make it a score and not a normalised likelihood (https://arxiv.org/abs/1907.06845);
-    it is least, not zero, at a perfect reconstruction: see `resnet_vae.data.entropy_floor`. Probabilities count as
-    1e-7 away from 0 and 1 at least.
+    it is least, not zero, at a perfect reconstruction: see `resnet_vae.data.entropy_floor`. Of logits, since where a
+    probability is rounded to 0 or 1 there would be no gradient.
     """
-    axes = tuple(range(1, len(images.shape)))
-    images, reconstructions = ops.cast(images, "float32"), ops.cast(reconstructions, "float32")
-    if keras.backend.backend() != "torch":
-        return ops.sum(ops.binary_crossentropy(images, reconstructions), axis=axes)
-    chances = ops.clip(reconstructions, 1e-7, 1 - 1e-7)  # PyTorch's own refuses NaN, which is divergence and told so
-    return -ops.sum(images * ops.log(chances) + (1 - images) * ops.log1p(-chances), axis=axes)
+    images, logits = ops.cast(images, "float32"), ops.cast(logits, "float32")
+    return ops.sum(ops.softplus(logits) - images * logits, axis=tuple(range(1, len(images.shape))))
+
+
+def _logits(decoder):
+    """The function latents, training → logits of a decoder's images."""
+    last = decoder.layers[-1]
+    if getattr(last, "activation", None) is keras.activations.sigmoid and isinstance(last, layers.Activation):
+        return keras.Model(decoder.inputs, last.input, name="logits")
+
+    def logits(latents, training):  # of probabilities 1e-7 away from 0 and 1 at least
+        images = ops.clip(ops.cast(decoder(latents, training=training), "float32"), 1e-7, 1 - 1e-7)
+        return ops.log(images) - ops.log1p(-images)
+
+    return logits
 
 
 def kl_divergence(mean, log_var):
@@ -146,23 +155,26 @@ class VAE(_Model):
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
         self.kl_metric = keras.metrics.Mean(name="kl")
         self.penalty_metric = keras.metrics.Mean(name="penalty")
+        logits = _logits(decoder)
         calibration = _Calibration(encoder, decoder, self.sampler, dtype=self.dtype_policy, name="calibration")
-        self._calibration = lambda: calibration  # a function, so that Keras does not count it as a part
+        self._logits, self._calibration = (lambda: logits), (lambda: calibration)  # so that Keras counts no layer twice
         self.build(getattr(encoder, "input_shape", None))
 
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built
 
     def call(self, images, training=False):
-        mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=training))
-        self.add_loss(ops.mean(kl_divergence(mean, log_var)))  # compute_loss reads it: the first of self.losses
-        return self.decoder(self.sampler(mean, log_var, training=training), training=training)
+        images = scale(images)
+        mean, log_var = (ops.cast(x, "float32") for x in self.encoder(images, training=training))
+        logits = self._logits()(self.sampler(mean, log_var, training=training), training=training)
+        for term in (kl_divergence(mean, log_var), reconstruction_loss(images, logits)):
+            self.add_loss(ops.mean(term))  # compute_loss reads them: the first of self.losses
+        return ops.sigmoid(logits)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if sample_weight is not None:
             raise ValueError("the VAE's objective is an average over images; sample_weight is not supported")
-        kl, *penalties = self.losses
-        reconstruction = ops.mean(reconstruction_loss(scale(x), y_pred))
+        kl, reconstruction, *penalties = self.losses
         penalty = sum(penalties, start=ops.zeros((), "float32"))
         count = ops.shape(x)[0]
         self.reconstruction_metric.update_state(reconstruction, sample_weight=count)

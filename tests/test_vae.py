@@ -59,11 +59,34 @@ def test_sampler_against_its_definition_and_the_kl_by_monte_carlo(objective):
 
 
 def test_reconstruction_is_the_cross_entropy_in_float64():
-    images, probabilities = RNG.uniform(size=(3, 4, 5, 2)), RNG.uniform(0.001, 0.999, (3, 4, 5, 2))
-    images[0, 0, 0] = 0, 1
-    expected = -(special.xlogy(images, probabilities) + special.xlog1py(1 - images, -probabilities)).sum((1, 2, 3))
-    got = to_numpy(reconstruction_loss(images.astype("float32"), probabilities.astype("float32")))
+    images, logits = RNG.uniform(size=(3, 4, 5, 2)), 10 * RNG.standard_normal((3, 4, 5, 2))
+    images[0, 0, :2], logits[0, 0, :2] = (0, 1), ((-50, 60), (70, -80))
+    expected = -(images * special.log_expit(logits) + (1 - images) * special.log_expit(-logits)).sum((1, 2, 3))
+    got = to_numpy(reconstruction_loss(images.astype("float32"), logits.astype("float32")))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_pixel_that_is_certainly_wrong_is_still_put_right(images):
+    """The gradient by the logit is probability less grey level, 1 where a black pixel is all but certainly white."""
+    vae = build_vae(Config(**TINY))
+    kernel, bias = vae.decoder.get_layer("image").trainable_weights
+    kernel.assign(np.zeros(kernel.shape))
+    bias.assign([25.0])
+    vae.compile(keras.optimizers.SGD(1 / 256))
+    figures = vae.train_on_batch(np.zeros_like(images), return_dict=True)
+    assert figures["reconstruction"] == pytest.approx(256 * 25)
+    np.testing.assert_allclose(to_numpy(bias), 24, rtol=1e-5)
+
+
+def test_a_decoder_of_ones_own_ends_as_it_likes(tiny_vae, images):
+    """One that gives images by a function of its own, and one that ends in a sigmoid: the same objective."""
+    latents = keras.Input((8,))
+    decoder = keras.Model(latents, keras.layers.Lambda(lambda x: 1.0 * x)(tiny_vae.decoder(latents)))
+    figures = []
+    for vae in (tiny_vae, VAE(tiny_vae.encoder, decoder)):
+        vae.compile("sgd")
+        figures.append(vae.evaluate(images, verbose=0, return_dict=True)["loss"])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5)
 
 
 def test_the_kl_warms_up_in_what_is_minimised_and_not_in_what_is_told(images):
