@@ -12,7 +12,7 @@ from resnet_vae.loop import traced_once
 from resnet_vae.normalization import BatchNormalization
 
 RNG = np.random.default_rng(0)
-EPSILON = 1e-3
+EPSILON = 0.1
 
 
 def convolve(x, kernel, bias, stride=1):
@@ -115,13 +115,15 @@ FAST_KINDS = {
     "conv, narrow": {**CONV, "filters": (3, 4, 24)},
     "transposed, narrow": {**UP, "filters": (3, 4, 24), "strides": (1, 1)},
     "transposed, kernel 2": {**UP, "kernel_size": 2, "strides": (1, 2)},
+    "transposed, kernel 4": {**UP, "kernel_size": 4},
     "transposed, kernel 5": {**UP, "kernel_size": 5, "strides": (2, 3)},
     "transposed, no biases, learned step": {**UP, "use_bias": False, "learned_step": True},
 }
 
 
 def make_block(kind, dtype):
-    block = ResidualBlock(**{**KINDS, **PLAIN_KINDS, **FAST_KINDS}[kind], dtype=dtype, name="block")
+    options = {**KINDS, **PLAIN_KINDS, **FAST_KINDS}[kind]
+    block = ResidualBlock(**options, epsilon=EPSILON, dtype=dtype, name="block")
     block.build((None, 6, 8, 6))
     for weight in block.weights:  # nothing at its initial zero or one
         low = 0.5 if "variance" in weight.path or "gamma" in weight.path else -0.5
@@ -309,6 +311,45 @@ def test_frozen_blocks_are_split_and_joined_like_others():
         np.testing.assert_array_equal(weight, value)
 
 
+def test_repeated_blocks_from_their_configuration():
+    config = {"remat": True, "momentum": 0.8, "gain": 0.5, "order": "pre", "epsilon": 0.01, "learned_step": True}
+    loop = Repeated(3, (3, 4, 6), 5, **config, use_bias=False, dtype="mixed_bfloat16")
+    same = Repeated.from_config(loop.get_config())
+    assert (same.remat, same.momentum, same.count) == (True, 0.8, 3)
+    for each in (loop, same):
+        block = each.pattern()
+        assert (block.compute_dtype, block.kernel_size, block.filters) == ("bfloat16", 5, (3, 4, 6))
+        assert {name: getattr(block, name) for name in config if name not in ("remat", "momentum")} == {
+            name: value for name, value in config.items() if name not in ("remat", "momentum")
+        }
+        assert not block.use_bias
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's loops; JAX has jax.checkpoint")
+def test_remat_computes_a_second_time_what_is_not_kept(monkeypatch):
+    """Also after a loop of the same shape that keeps it."""
+    import tensorflow as tf
+
+    calls, call = [], ResidualBlock.call
+    monkeypatch.setattr(ResidualBlock, "call", lambda *args, **options: calls.append(1) or call(*args, **options))
+    x, counts = tf.constant(RNG.standard_normal((2, 4, 4, 6)), "float32"), []
+    for remat in (False, True):
+        loop = Repeated(3, (3, 4, 6), remat=remat)
+        loop.build(x.shape)
+
+        @tf.function
+        def gradient(x, loop=loop):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                total = tf.reduce_sum(loop(x, training=True))
+            return tape.gradient(total, x)
+
+        calls.clear()
+        gradient(x)
+        counts.append(len(calls))
+    assert counts == [1, 2]
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's traces")
 def test_loops_of_one_shape_are_traced_once():
     traces = []
@@ -448,18 +489,22 @@ def test_kernels_start_with_the_numbers_that_keras_draws(monkeypatch, mode, dist
         assert initialization.compiled_once(theirs) is theirs
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"renorm": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": False}, {"center": False}, {"renorm": True}, {"dtype": "bfloat16"}, {"epsilon": 1.0}, {"axis": 1}],
+    ids=str,
+)
 def test_batch_normalization_is_kerass_own(options):
     """Outputs and moving statistics, against the layer it takes the place of; some channels lie far from zero."""
     kinds = BatchNormalization, keras.layers.BatchNormalization
     ours, theirs = (kind(**{"momentum": 0.8, **options}) for kind in kinds)
     for layer in (ours, theirs):
-        layer.build((None, 3, 3, 5))
+        layer.build((None, 5, 3, 5))
         for weight in (layer.gamma, layer.beta):
             if weight is not None:
                 weight.assign(np.linspace(0.5, 2, 5))
     for _ in range(3):
-        x = (RNG.standard_normal((2, 3, 3, 5)) * 3 + (1, 300, -300, 0, 30)).astype("float32")
+        x = (RNG.standard_normal((2, 5, 3, 5)) * 3 + (1, 300, -300, 0, 30)).astype("float32")
         for training in (True, False):
             outputs = [keras.ops.cast(layer(x, training=training), "float32") for layer in (ours, theirs)]
             np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, outputs), rtol=1e-4, atol=1e-4)
@@ -509,12 +554,13 @@ def test_bias_before_a_normalization(dtype, shape):
     for layer in (ours, theirs):
         layer.build((None, *shape[1:]))
         layer.gamma.assign(np.linspace(0.5, 2, 5))
-    for training in (True, False):
+    for training, trainable in ((True, True), (False, True), (True, False)):
+        ours.trainable = theirs.trainable = trainable
         results = [
             normalized(ours, lambda x, bias: ours.biased(x, bias, training), (x, bias), weights),  # noqa: B023
             normalized(theirs, lambda x, bias: theirs(x + bias, training=training), (x, bias), weights),  # noqa: B023
         ]
-        if training:
+        if training and trainable:
             np.testing.assert_array_equal(results[0].pop(2), 0)
             assert np.abs(results[1].pop(2)).max() < 1e-4
         for value, expected in zip(*results, strict=True):
@@ -541,9 +587,10 @@ def test_fixed_statistics_are_not_fused_on_gpus(monkeypatch):
 
 def test_blocks_start_as_their_shortcuts():
     x = np.abs(RNG.standard_normal((2, 4, 4, 8))).astype("float32")
-    for order in ("post", "pre"):
-        output = identity_block(x, 3, (2, 2, 8), gain=0.0, order=order)
+    for options in ({}, {"gain": 0.0}, {"gain": 0.0, "order": "pre"}):
+        output = identity_block(x, 3, (2, 2, 8), **options)
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(output), x)
+    assert ResidualBlock((2, 2, 8), shortcut="none").gain == 1
 
 
 def test_shapes_and_the_wrong_channels():
@@ -551,7 +598,9 @@ def test_shapes_and_the_wrong_channels():
     assert conv_block(image, 3, (2, 2, 10)).shape == (None, 4, 6, 10)
     assert conv_block(image, 3, (2, 2, 10), strides=(1, 1)).shape == (None, 8, 12, 10)
     assert conv_block(image, 3, (2, 2, 10), transpose=True).shape == (None, 16, 24, 10)
-    assert conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True).shape == (None, None, None, 10)
+    for policy in ("float32", "mixed_bfloat16"):
+        unknown = conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True, dtype=policy)
+        assert unknown.shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
     assert conv_block(image, (3, 3), [2, 2, 10], strides=4).shape == (None, 2, 3, 10)
     assert conv_block(image, np.int64(3), np.array([2, 2, 10]), np.int32(4)).shape == (None, 2, 3, 10)

@@ -39,6 +39,8 @@ def test_parameters_are_the_papers(name, options, expected):
 def test_bottleneck_networks_on_cifar(name, millions, order):
     """Layers and parameters, as in table 4 of the pre-activation paper; a thousand layers are few to trace."""
     model = build_classifier(name, order=order)
+    names = {layer.name for layer in model.layers}
+    assert ("last_bn" in names, "stem_bn" in names) == (order == "pre", order == "post")
     assert trainable(model) == pytest.approx(millions * 1e6, rel=0.02)
     assert len(model.layers) < 20
     blocks = sum(
@@ -69,6 +71,33 @@ def test_outputs_of_keras_applications_with_its_weights():
     np.testing.assert_allclose(ours.predict(images, verbose=0), theirs.predict(images, verbose=0), rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_asked_for_is_what_is_built():
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = build_classifier("resnet20", gain=0.25, learned_step=True, remat=True, activation=None)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    loops = [layer for layer in model.layers if isinstance(layer, Repeated)]
+    assert [(loop.remat, loop.pattern().gain, loop.pattern().learned_step) for loop in loops] == [
+        (True, 0.25, True)
+    ] * 3
+    assert {layer.momentum for layer in [*loops, model.get_layer("stem_bn")]} == {0.9}
+    assert model.output.dtype == "float32"
+    assert model.layers[-1].activation is keras.activations.linear
+
+
+def test_imagenet_weights_are_those_that_keras_offers(monkeypatch):
+    """All but the last layer's, where there are other classes."""
+    theirs = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=7)
+    monkeypatch.setattr(keras.applications, "ResNet50", lambda weights: theirs)
+    ours = build_classifier("resnet50", (32, 32, 3), 5)
+    before = ours.layers[-1].get_weights()
+    load_imagenet(ours)
+    np.testing.assert_array_equal(*(model.layers[2].get_weights()[0] for model in (ours, theirs)))
+    np.testing.assert_array_equal(ours.layers[-1].get_weights()[0], before[0])
+
+
 def test_imagenet_weights_that_cannot_be_had(monkeypatch):
     def fail(weights):
         raise OSError("no network")
@@ -83,11 +112,19 @@ def test_imagenet_weights_that_cannot_be_had(monkeypatch):
 
 @pytest.mark.parametrize("shortcut", ["projection", "pool", "pad", "none"])
 def test_any_image_size_and_every_shortcut(shortcut):
-    model = build_classifier("resnet8", (None, None, 1), 3, shortcut=shortcut, width=0.25, stem=2)
+    """Built for one size it gives the same."""
+    models = [
+        build_classifier("resnet8", (side, side, 1), 3, shortcut=shortcut, width=0.25, stem=2) for side in (None, 12)
+    ]
+    assert models[0].get_layer("stem2").kernel.shape == (3, 3, 4, 4)
+    models[1].set_weights(models[0].get_weights())
     for size in (8, 12, 33):
-        probabilities = model.predict(RNG.uniform(0, 1, (2, size, size, 1)), verbose=0)
+        images = RNG.uniform(0, 1, (2, size, size, 1))
+        probabilities = models[0].predict(images, verbose=0)
         assert probabilities.shape == (2, 3)
         np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
+        if size == 12:
+            np.testing.assert_allclose(models[1].predict(images, verbose=0), probabilities, rtol=1e-4, atol=1e-6)
 
 
 def test_a_small_fully_convolutional_classifier_learns_at_any_size():
@@ -116,3 +153,5 @@ def test_names_that_are_none(name):
         build_classifier(name)
     with pytest.raises(UserError, match="the order is 'mid'; expected one of post, pre"):
         build_classifier("resnet20", order="mid")
+    with pytest.raises(UserError, match="the shortcut is 'identity'; expected one of projection, pool, pad, none"):
+        build_classifier("resnet20", shortcut="identity")

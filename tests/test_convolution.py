@@ -47,7 +47,8 @@ def gradients(function, dtype, arrays):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
 @pytest.mark.parametrize(
-    ("side", "strides"), [(3, None), (5, None), (3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))]
+    ("side", "strides"),
+    [(3, None), (5, None), (4, None), (3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))],
 )
 @pytest.mark.parametrize("narrow", [True, False])
 def test_convolutions_for_onednn(side, strides, narrow, monkeypatch):

@@ -100,20 +100,30 @@ def test_adamw_with_decay_is_the_formula():
     for variable, part in zip(variables, parts, strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(variable), expected[part], rtol=1e-5)
     assert float(ops.convert_to_numpy(optimizer.decayed(rate))) == pytest.approx(rate / (1 + 5 * decay))
-    assert AdamW.from_config(optimizer.get_config()).decay == decay
+    same = AdamW.from_config(optimizer.get_config())
+    assert (same.decay, same.decoupled_decay) == (decay, wd)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_adamw_is_kerass_own(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [
+        ("float32", {}),
+        ("float64", {}),
+        ("bfloat16", {}),
+        ("float32", {"amsgrad": True}),
+        ("float32", {"global_clipnorm": None, "clipnorm": 1.0}),
+    ],
+)
+def test_adamw_is_kerass_own(dtype, more):
     """But for the time decay: weights without decay, other dtypes, rows of an embedding, a norm that overflows."""
-    options = {"learning_rate": 0.1, "weight_decay": 0.5, "global_clipnorm": 1.0}
+    options = {"learning_rate": 0.1, "weight_decay": 0.5, "global_clipnorm": 1.0, **more}
     values = []
     for kind in (AdamW, keras.optimizers.AdamW):
         optimizer, ones = kind(**options), keras.ops.ones((2, 3), dtype)
         variables = [keras.Variable(ones, name=name) for name in ("kernel", "bias")]
         optimizer.exclude_from_weight_decay(var_names=["bias"])
-        for _ in range(3):
-            optimizer.apply([3 * ones, -ones], variables)
+        for size in (3, 0, 3):  # of one step without a gradient, where the variants of Adam differ
+            optimizer.apply([size * ones, -ones], variables)
         steps = [keras.ops.convert_to_numpy(keras.ops.cast(variable, "float64")) for variable in variables]
         optimizer.apply([1e30 * ones, ones], variables)
         lost = keras.ops.convert_to_numpy(keras.ops.isnan(variables[1]))
@@ -140,6 +150,16 @@ def test_schedules(tiny_vae, schedule, rates):
     for step, rate in zip((0, 10, 110, 210), rates, strict=True):
         vae.optimizer.iterations.assign(step)
         assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(0.3 * rate, abs=1e-6)
+
+
+def test_warm_ups_end_in_short_trainings():
+    config = Config(**{**TINY, "warmup_steps": 100, "kl_warmup_steps": 500, "epochs": 2, "learning_rate": 0.3})
+    vae = build_vae(config)
+    compile_vae(vae, config, steps_per_epoch=4)
+    assert vae.kl_warmup_steps == 4
+    for step, rate in ((2, 0.15), (4, 0.3), (8, 0.0)):
+        vae.optimizer.iterations.assign(step)
+        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
 
 
 def test_a_finished_run_is_recorded_whole(finished_run):

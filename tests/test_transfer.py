@@ -62,19 +62,20 @@ def disturb(model):
     return model
 
 
-@pytest.mark.parametrize("network", ["classifier", "encoder"])
-def test_other_channels_keep_what_grey_pictures_give(network):
-    """A picture of three equal channels gives the three-channel network what the grey one gave its own."""
+@pytest.mark.parametrize(("network", "channels"), [("classifier", (1, 3)), ("encoder", (1, 3)), ("classifier", (3, 2))])
+def test_other_channels_keep_what_grey_pictures_give(network, channels):
+    """A picture of equal channels gives the network of other channels what it gave its source."""
     if network == "classifier":
-        source, target = disturb(classifier()), classifier(3)
+        source, target = (classifier(count) for count in channels)
     else:
-        source, target = (build_vae(Config(**TINY), (8, 8, channels)).encoder for channels in (1, 3))
-        disturb(source)
+        source, target = (build_vae(Config(**TINY), (8, 8, count)).encoder for count in channels)
+    disturb(source)
     changed = take_over(target, source)
     first = {"classifier": {"stem"}, "encoder": {"conv1", "shortcut"}}
     assert {path.split("/")[-2] for path in changed} == first[network]
     grey = RNG.uniform(0, 1, (5, 8, 8, 1)).astype("float32")
-    outputs = [model.predict(x, verbose=0) for model, x in ((source, grey), (target, grey.repeat(3, axis=-1)))]
+    pairs = zip((source, target), channels, strict=True)
+    outputs = [model.predict(grey.repeat(count, axis=-1), verbose=0) for model, count in pairs]
     for one, three in zip(*map(np.atleast_2d if network == "classifier" else list, outputs), strict=True):
         np.testing.assert_allclose(three, one, rtol=1e-4, atol=1e-5)
 
@@ -98,6 +99,21 @@ def test_other_networks_are_refused_before_anything_is_copied():
             take_over(target, source)
     for ours, value in zip(target.get_weights(), before, strict=True):
         np.testing.assert_array_equal(ours, value)
+    target, source = (build_vae(Config(**{**TINY, "intermediate_dim": u}), (8, 8, 1)).encoder for u in (64, 32))
+    before = target.get_weights()
+    with pytest.raises(ValueError, match="must be the same network"):  # they differ in their last layers
+        take_over(target, source)
+    for ours, value in zip(target.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, value)
+
+
+def test_the_new_layer_reads_the_mean_of_the_latents():
+    vae = disturb(build_vae(Config(**TINY), (8, 8, 1)))
+    model = adapt(vae, 4)
+    images = RNG.uniform(0, 1, (5, 8, 8, 1)).astype("float32")
+    features = model.get_layer("features").predict(images, verbose=0)
+    np.testing.assert_allclose(features, vae.encoder.predict(images, verbose=0)[0], rtol=1e-5, atol=1e-6)
+    assert model.output.dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -90,19 +90,23 @@ def test_a_decoder_of_ones_own_ends_as_it_likes(tiny_vae, images):
 
 
 def test_the_kl_warms_up_in_what_is_minimised_and_not_in_what_is_told(images):
-    """Two steps with a warm-up of four: the gradient of the first has no KL in it, that of the second a quarter."""
+    """A warm-up of four steps: the first one's gradient has no KL in it, the second's a quarter, the last ones' all."""
     keras.utils.set_random_seed(4)
-    vae = build_vae(Config(**{**TINY, "kl_warmup_steps": 4}))
+    beta = 0.5
+    vae = build_vae(Config(**{**TINY, "kl_warmup_steps": 4, "beta": beta}))
     kernel, bias = vae.encoder.get_layer("log_var").trainable_weights
     vae.compile(keras.optimizers.SGD(1.0), run_eagerly=keras.backend.backend() != "jax")
-    for share in (0.0, 0.25):
+    for step, share in ((0, 0.0), (1, 0.25), (9, 1.0)):
+        assert to_numpy(vae.trained_steps) == min(step, 2)
+        vae.trained_steps.assign(step)
         image = vae.decoder.get_layer("image").kernel
         image.assign(np.zeros(image.shape))  # so that only the KL moves the log-variance
         bias.assign(np.ones(8))
         kernel.assign(np.zeros(kernel.shape))
         figures = vae.train_on_batch(images, return_dict=True)
-        np.testing.assert_allclose(to_numpy(bias), 1 - share * (np.e - 1) / 2, rtol=1e-5)
-        assert figures["loss"] == pytest.approx(figures["reconstruction"] + figures["kl"], rel=1e-5)
+        np.testing.assert_allclose(to_numpy(bias), 1 - share * beta * (np.e - 1) / 2, rtol=1e-5)
+        assert figures["loss"] == pytest.approx(figures["reconstruction"] + beta * figures["kl"], rel=1e-5)
+        vae.evaluate(images, batch_size=48, verbose=0)  # which is no step of the warm-up
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +247,8 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
     vae = build_vae(config)
     last = vae.decoder.get_layer("image").kernel
     last.assign(0.01 * last)  # or else the untrained network's probabilities are 0 and 1
+    for name in ("mean", "log_var"):
+        vae.encoder.get_layer(name).bias.assign(np.linspace(-2, 2, 8))  # a KL to be seen beside the reconstruction
     vae.compile("adam")
     figures = vae.evaluate(images, batch_size=20, verbose=0, return_dict=True)
 
@@ -264,6 +270,60 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
         for weight in heads[name].weights
     )
     assert figures["penalty"] == pytest.approx(penalty, rel=1e-4, abs=1e-6)
+    vae(images[:20])
+    minimised = float(to_numpy(vae.compute_loss(images[:20], training=False)))
+    kl, reconstruction, *_ = (float(to_numpy(part)) for part in vae.losses)
+    assert minimised == pytest.approx(reconstruction + beta * kl + penalty, rel=1e-5)
+
+
+def test_log_variances_are_limited():
+    np.testing.assert_array_equal(
+        to_numpy(networks.Bound()(np.array([[-50.0, 0.5, 50.0]], "float32"))), [[-20, 0.5, 10]]
+    )
+
+
+def test_a_vae_from_its_configuration(tiny_vae):
+    given = {"objective": "published", "beta": 0.5, "seed": 7, "kl_warmup_steps": 9}
+    vae = VAE(tiny_vae.encoder, tiny_vae.decoder, **given)
+    for each in (vae, VAE.from_config(vae.get_config())):
+        assert {name: getattr(each, name) for name in given} == given
+        sampler = Sampling.from_config(each.sampler.get_config())
+        assert (sampler.objective, sampler.seed) == ("published", 7)
+
+
+@pytest.mark.parametrize("initialization", ["identity", "published"])
+@pytest.mark.parametrize("order", ["post", "pre"])
+def test_how_each_initialization_begins(initialization, order):
+    """And that what else is configured reaches each layer."""
+    config = Config(
+        **{**TINY, "norm_momentum": 0.6, "intermediate_dim": 50, "seed": 5, "resnet_depth": 46, "remat": True},
+        initialization=initialization,
+        order=order,
+        stem=int(order == "post"),
+        image_shape=(16, 24, 1),
+    )
+    vae, identity = build_vae(config), initialization == "identity"
+    assert (vae.seed, vae.encoder.input_shape) == (5, (None, 16, 24, 1))
+    assert vae.decoder.get_layer("reshape").target_shape == (2, 3, 9)
+    every = [layer for layer in vae._flatten_layers() if hasattr(layer, "momentum")]
+    assert {layer.momentum for layer in every if not isinstance(layer, ResidualBlock)} == {0.6}
+    for number, part in enumerate((vae.encoder, vae.decoder)):
+        inner = [layer for layer in part.layers if isinstance(layer, Repeated)]
+        first = [layer for layer in part.layers if isinstance(layer, ResidualBlock) and layer.name.endswith("block1")]
+        assert inner
+        assert len(first) == 4
+        assert {(layer.remat, layer.pattern().gain) for layer in inner} == {(True, 0.0 if identity else 1.0)}
+        assert {layer.gain for layer in first} == {1.0}
+        kernels = {type(layer.kernel_initializer) for layer in first}
+        assert kernels == {keras.initializers.HeNormal if identity else keras.initializers.GlorotUniform}
+        assert part.get_layer("intermediate_dropout").seed == 7 + number
+    names = [layer.name for layer in vae.encoder.layers]
+    assert ("position_average" in names, "first_convolution" in names) == (identity, order == "pre")
+    assert np.any(to_numpy(vae.encoder.get_layer("log_var").kernel)) != identity
+
+
+def test_no_width_is_too_small():
+    assert min(min(filters) for _, filters, _ in networks.stages(Config(width=1 / 256))) == 1
 
 
 def test_evaluation_repeats_and_takes_grey_levels_or_floats(tiny_vae, images):
@@ -284,6 +344,10 @@ def test_training_noise_differs_and_evaluation_does_not_disturb_it(tiny_vae, ima
     state = to_numpy(tiny_vae.sampler.training_noise.state)
     tiny_vae.evaluate(images, verbose=0)
     np.testing.assert_array_equal(to_numpy(tiny_vae.sampler.training_noise.state), state)
+    other = to_numpy(tiny_vae.sampler.evaluation_noise.state)
+    tiny_vae(images[:2], training=True)
+    assert np.any(to_numpy(tiny_vae.sampler.training_noise.state) != state)
+    np.testing.assert_array_equal(to_numpy(tiny_vae.sampler.evaluation_noise.state), other)
 
 
 def test_dropouts_and_sampler_are_independent():
@@ -292,8 +356,9 @@ def test_dropouts_and_sampler_are_independent():
         to_numpy(model.get_layer("intermediate_dropout")(ops.ones((1, 4096)), training=True)).ravel() > 0
         for model in (vae.encoder, vae.decoder)
     ]
-    noise = to_numpy(vae.sampler(ops.zeros((1, 4096)), ops.zeros((1, 4096)), training=True)).ravel()
-    for one, other in ((masks[0], masks[1]), (masks[0], abs(noise)), (masks[1], noise)):
+    rows = ops.zeros((1, 4096)), ops.zeros((1, 4096))
+    noise, evaluation = (to_numpy(vae.sampler(*rows, training=training)).ravel() for training in (True, False))
+    for one, other in ((masks[0], masks[1]), (masks[0], abs(noise)), (masks[1], noise), (noise, evaluation)):
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(4096)
 
 
@@ -439,7 +504,7 @@ def test_other_image_shapes(shape):
 
 
 def test_shapes_that_cannot_be():
-    for shape in ((30, 32, 3), (None, None, 3)):
+    for shape in ((30, 32, 3), (None, None, 3), (8, 8, 0)):
         with pytest.raises(ValueError, match="multiples of 8"):
             build_vae(Config(), shape)
     with pytest.raises(ValueError, match="set IMAGE_SHAPE"):
@@ -487,7 +552,7 @@ def test_other_blocks_in_the_vae(images, tmp_path):
     vae = build_vae(Config(**TINY, **words))
     assert count_blocks(vae.encoder) == count_blocks(vae.decoder) == (28 - 4) // 4
     assert [layer.name for layer in vae.encoder.layers[1:4]] == ["stem1", "stem1_bn", "stem1_relu"]
-    assert [layer.name for layer in vae.decoder.layers[-4:-1]] == ["stem1", "stem1_bn", "stem1_relu"]
+    assert [layer.name for layer in vae.decoder.layers[-5:-2]] == ["stem1", "stem1_bn", "stem1_relu"]
     steps = [weight for weight in vae.trainable_weights if weight.path.endswith("step")]
     assert sum(int(np.prod(step.shape)) for step in steps) == 12
     vae.compile(AdamW(0.01))
