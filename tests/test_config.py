@@ -115,6 +115,18 @@ def test_a_bad_value_is_named_with_its_field(name):
     assert "\n" not in told
 
 
+@pytest.mark.parametrize(
+    ("name", "least", "less"),
+    [("batch_size", 2, 1), ("learning_rate", 1e-9, 0), ("mean_l2", 0, -1e-9), ("log_var_l2", 0, -1e-9)]
+    + [("image_shape", shape, less) for shape, less in (((8, 8, 1), (8, 8, 0)), ((8, 16, 2), (0, 16, 2)))]
+    + [("image_shape", (16, 8, 1), less) for less in ((16, 12, 1), (12, 16, 1), (16, 0, 1))],
+)
+def test_the_least_value_is_taken_and_no_less(name, least, less):
+    assert getattr(Config(**{name: least}), name) == least
+    with pytest.raises(ConfigError, match=name):
+        Config(**{name: less})
+
+
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         Config.from_env({"WIDTH": "-1", "EPOCHS": "many", "RESNET_DEPTH": "3x", "LATNT_DIM": "4", "DROPUOT": "0.1"})
@@ -207,6 +219,9 @@ def test_values_and_where_they_came_from():
     assert {name: getattr(config, name) for name in PUBLISHED if name not in ("epochs", "batch_size")} == {
         name: value for name, value in PUBLISHED.items() if name not in ("epochs", "batch_size")
     }
+    assert [Config.from_env({"CMDLINE": text}).cmdline for text in ("yes", "0", "False", "no", "off")] == [True] + [
+        False
+    ] * 4
     origins = config.origins
     assert origins["epochs"] == "environment (EPOCHS)"
     assert origins["batch_size"] == "argument"

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from resnet_vae import Config, load_data
 from resnet_vae.data import DataError, augment, labelled
@@ -45,6 +46,14 @@ def test_digits_are_digits_and_split_without_overlap_or_copy():
     assert data.fingerprint == whole.fingerprint == load("digits", seed=1).fingerprint
     assert not np.array_equal(data.validation, load("digits", seed=1).validation)
     assert np.array_equal(data.validation, load("digits").validation)
+    theirs = load_digits().images  # of levels 0 to 16
+    assert np.concatenate([whole.train, whole.test]).mean() == pytest.approx(theirs.mean() * 255 / 16, rel=0.03)
+
+
+def test_so_many_images_are_held_out_at_most(monkeypatch):
+    monkeypatch.setattr("resnet_vae.data.HELD_OUT", 100)
+    data = load("digits")
+    assert (len(data.train), len(data.validation)) == (1338, 100)
 
 
 def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
@@ -68,6 +77,12 @@ def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
     colored = augment(images, ("color",), np.random.default_rng(1)).astype(float)
     ratio = colored.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert 0.6 < ratio.min() < 0.95 < 1.05 < ratio.max() < 1.45
+    spread = colored.std((1, 2, 3)) / images.std((1, 2, 3)) / ratio  # what contrast changes and brightness does not
+    assert spread.min() < 0.95 < 1.05 < spread.max()
+    white = augment(np.full((64, 8, 8, 3), 255, "uint8"), ("color",), np.random.default_rng(1))
+    assert white.min() > 0.6 * 255  # brighter than white is white
+    assert (white == white[:, :1, :1]).all()
+    assert (white[:, 0, 0, 0] != white[:, 0, 0, 1]).any()  # each channel by itself
     every = ("flip", "shift", "color")
     first, again, other = (augment(images, every, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.dtype == "uint8"
@@ -104,9 +119,11 @@ def test_labels_are_whole_numbers_of_any_kind(tmp_path, monkeypatch, dtype):
     data = labelled(load(tmp_path / "a.npz"))
     assert data.classes == ("0", "1", "2")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: ((images, labels[:, None]),) * 2)
+    parts = tuple((part, numbers[:, None]) for part, numbers in ((images, labels), (images[:7], labels[::-1][:7])))
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: parts)
     data = labelled(load("cifar10", validation="test"))
     np.testing.assert_array_equal(data.labels[0], labels)
+    np.testing.assert_array_equal(data.labels[2], labels[::-1][:7])
 
 
 def test_a_folder_that_may_not_be_opened_is_told(tmp_path, monkeypatch):
@@ -198,6 +215,23 @@ def test_folder_of_just_images_of_any_size(tmp_path):
     with pytest.raises(DataError, match=r"16x16.*others are 30x50; set IMAGE_SHAPE|64x20"):
         load(tmp_path)
     assert load(tmp_path, image_shape=(16, 16, 3)).image_shape == (16, 16, 3)
+
+
+def test_images_are_cut_at_the_middle_and_resized_smoothly(tmp_path):
+    """Black and white files of one bit are grey; classes are the folders below the top, whatever is below these."""
+    picture = np.zeros((8, 32), bool)
+    picture[:, 12:20], picture[4, 4] = True, True
+    for number in range(20):
+        path = tmp_path / f"class{number % 2}" / "more" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    assert (load(tmp_path, image_shape=(8, 8, 1)).train == 255).all()
+    data = labelled(load(tmp_path))
+    assert (data.image_shape, data.classes) == ((8, 32, 1), ("class0", "class1"))
+    larger = load(tmp_path, image_shape=(16, 64, 1)).train
+    assert len(np.unique(larger)) > 4
+    np.savez(tmp_path / "a.npz", images=data.train)
+    assert len(np.unique(load(tmp_path / "a.npz", image_shape=(16, 64, 1)).train)) > 4
 
 
 def unsplit(data):

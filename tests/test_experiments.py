@@ -9,6 +9,7 @@ import pytest
 from conftest import once
 
 from resnet_vae import build_classifier
+from resnet_vae.blocks import ResidualBlock
 from resnet_vae.data import Data
 from resnet_vae.experiments import euler, gradients, landscape
 from resnet_vae.experiments.chain import ACTIVATIONS, Chain, random_chain
@@ -140,6 +141,18 @@ def test_the_probe_holds_the_gradients():
     loop = model.get_layer("stage1_blocks")
     kernel = next(place for place, weight in enumerate(model.trainable_weights) if weight is loop.stacks[0])
     assert norms[0] == pytest.approx(np.linalg.norm(kept[kernel][0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_kinds_are_what_they_are_called(network):
+    images = RNG.integers(0, 256, (16, 8, 8, 1), "uint8")
+    data = Data("made up", images, images, images, "", (np.arange(16) % 3,) * 3, ("0", "1", "2"))
+    for kind, order, plain in (("plain", "post", True), ("residual", "post", False), ("pre-activation", "pre", False)):
+        model = build_network(Trained(width=0.0625), network, kind, {"classifier": 8, "VAE": 28}[network], data)
+        layers = getattr(model, "encoder", model).layers
+        blocks = [layer for layer in layers if isinstance(layer, ResidualBlock)]
+        assert blocks
+        assert {(block.order, block.shortcut_kind == "none") for block in blocks} == {(order, plain)}
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -46,6 +46,13 @@ def test_every_combination_is_a_run_with_a_name_and_settings():
     assert runs["dataset-digits_augment-flip,shift_depth-100"] == {**digits, "RESNET_DEPTH": "100"}
 
 
+def test_a_path_in_a_runs_name_makes_no_folders(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((20, 8, 8, 1), "uint8"))
+    (name,) = runs_of("x", {"SWEEP": "DATASET", "DATASET": f"{tmp_path}/a.npz"})
+    assert name.startswith("dataset-")
+    assert "/" not in name
+
+
 MISTAKES = {
     "SWEEP=LATENTS LATENTS=4+8": "SWEEP names LATENTS; expected DEPTHS or settings.*did you mean LATENT_DIM?",
     "SWEEP=widht widht=1+2": "SWEEP names widht; .*did you mean WIDTH?",

@@ -231,6 +231,7 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
     config = Config(**TINY, outdir=str(finished_run), cmdline=True)
     before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir()}
     assert is_finished(config)
+    assert is_finished(config.replace(checkpoint_seconds=7, remat=True, cmdline=False))  # which train the same
     assert train(config) == finished_run
     with pytest.raises(UserError, match=r"another configuration \(EPOCHS 3 there, 4 here; SEED 0 there, 1 here\)"):
         train(config.replace(epochs=4, seed=1))
