@@ -257,11 +257,12 @@ class Training(keras.callbacks.Callback):
         return now
 
     def _diverged(self, what):
-        return DivergenceError(
-            f"{what} in epoch {len(self.rows) + 1}, step {self.step}; lower LEARNING_RATE "
-            f"({self.config.learning_rate:g}) or CLIP_NORM ({self.config.clip_norm:g}), use PRECISION=float32, or set "
-            "ROLLBACKS"
-        )
+        clip = f"lower CLIP_NORM ({self.config.clip_norm:g})" if self.config.clip_norm else "set CLIP_NORM, as to 200"
+        advice = [f"lower LEARNING_RATE ({self.config.learning_rate:g})", clip]
+        if precision(self.config) != "float32":
+            advice.append("use PRECISION=float32")
+        place = f"epoch {len(self.rows) + 1}, step {self.step}"
+        return DivergenceError(f"{what} in {place}; {', '.join(advice)}, or set ROLLBACKS")
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.metrics and self.step:  # fit has just emptied them

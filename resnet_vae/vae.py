@@ -5,6 +5,7 @@ pixels, channels and latents, averages over images.
 """
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from resnet_vae.blocks import Repeated
@@ -118,6 +119,14 @@ class _Calibration(_Model):
                 variable.assign(value)
 
 
+def _check_levels(images):
+    """Refuse an array of floats that are no images in [0, 1], of which the loss would be without a meaning."""
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size:
+        low, high = images.min(), images.max()
+        if not (low >= 0 and high <= 1):  # also when not finite
+            raise ValueError(f"images run from {low:g} to {high:g}; expected floats in [0, 1], or grey levels as uint8")
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class VAE(_Model):
     """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
@@ -140,7 +149,7 @@ class VAE(_Model):
             (https://arxiv.org/abs/1602.02282).
 
     Raises:
-        ValueError: an unknown objective.
+        ValueError: an unknown objective; by `fit`, `evaluate` and `predict`, an array of floats beyond [0, 1].
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
@@ -192,13 +201,19 @@ class VAE(_Model):
             figures["loss"] = figures["reconstruction"] + self.beta * figures["kl"]
         return figures
 
-    def evaluate(self, *args, **kwargs):
-        self.sampler.restart_evaluation()
-        return super().evaluate(*args, **kwargs)
+    def fit(self, x=None, *args, **kwargs):
+        _check_levels(x)
+        return super().fit(x, *args, **kwargs)
 
-    def predict(self, *args, **kwargs):
+    def evaluate(self, x=None, *args, **kwargs):
+        _check_levels(x)
         self.sampler.restart_evaluation()
-        return super().predict(*args, **kwargs)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        _check_levels(x)
+        self.sampler.restart_evaluation()
+        return super().predict(x, *args, **kwargs)
 
     def calibrate(self, x, **kwargs):
         """Set the moving averages of all normalisations to the moments of batches, with the weights as they are.
@@ -210,7 +225,7 @@ class VAE(_Model):
         weights and images, and nothing else changes. Frozen normalisations are left as they are.
 
         Args:
-            x: images, as for `predict`; at least one batch.
+            x: images, as for `predict`, in random order: a batch of one class has other moments. At least one batch.
             **kwargs: of `predict`, such as batch_size and steps.
         """
         averages = [

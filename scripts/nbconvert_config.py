@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -73,4 +74,8 @@ c = get_config()  # noqa: F821, which traitlets provides
 c.NotebookExporter.default_preprocessors = [
     LiveExecutePreprocessor if name == stock else name for name in NotebookExporter().default_preprocessors
 ]
-c.KernelManager.transport = "ipc"  # no ports: nothing else on the machine can talk to the kernel
+# No ports: nobody else on the machine can talk to the kernel. In a folder of its own, since Jupyter's sockets would
+# otherwise lie in the folder it is started in, where those of another notebook have the same names.
+sockets = tempfile.TemporaryDirectory(prefix="kernel-")
+c.KernelManager.transport = "ipc"
+c.KernelManager.ip = str(Path(sockets.name, "socket"))

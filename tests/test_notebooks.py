@@ -294,6 +294,21 @@ def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, code, t
     assert kept.cells[0].outputs[0].text == "so far\n"
 
 
+def test_two_notebooks_at_once_in_one_folder(tmp_path):
+    for name in ("one", "two"):
+        cells = [nbformat.v4.new_code_cell(source) for source in ("import time; time.sleep(3)", f"print({name!r})")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    script, options = HOME / "scripts" / "run_notebook.sh", {"cwd": tmp_path, "env": environment(), "text": True}
+    running = [
+        subprocess.Popen([script, f"{name}.ipynb", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+        for name in ("one", "two")
+    ]
+    for name, process in zip(("one", "two"), running, strict=True):
+        output, _ = process.communicate()
+        assert (process.returncode, output.splitlines()[0]) == (0, name), output
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "one.ipynb", "two.ipynb"}
+
+
 def test_run_notebook_tells_mistakes_before_it_starts(tmp_path):
     script = HOME / "scripts" / "run_notebook.sh"
     missing = subprocess.run([script, "no.ipynb"], capture_output=True, text=True, check=False, env=environment())

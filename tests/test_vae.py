@@ -337,6 +337,12 @@ def test_evaluation_repeats_and_takes_grey_levels_or_floats(tiny_vae, images):
     np.testing.assert_array_equal(reconstructions, tiny_vae.predict(images, verbose=0))
 
 
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_floats_that_are_no_images_are_refused(tiny_vae, images, method):
+    with pytest.raises(ValueError, match=r"images run from 0 to 255; expected floats in \[0, 1\], or grey levels"):
+        getattr(tiny_vae, method)(np.where(images > 250, 255.0, 0.0), verbose=0)
+
+
 def test_training_noise_differs_and_evaluation_does_not_disturb_it(tiny_vae, images):
     posterior = np.zeros((2, 4, 8), "float32")
     draws = [to_numpy(tiny_vae.sampler(*posterior, training=True)) for _ in range(2)]

@@ -23,7 +23,6 @@ from resnet_vae.experiments.networks import (
 from resnet_vae.experiments.record import write_experiment
 from resnet_vae.experiments.settings import NETWORKS
 
-PLANES = ("random", "path")
 COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # kinds, and their colours
 
 

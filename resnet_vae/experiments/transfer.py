@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+from resnet_vae.data import DataError
 from resnet_vae.experiments.networks import (
     adam,
     batches,
@@ -36,6 +37,8 @@ def measure(settings):
     data = new = load_labelled(settings)
     if settings.channels:
         new = load_labelled(settings, (*data.image_shape[:2], settings.channels))
+    if len(data.classes) < 4:
+        raise DataError(f"{settings.dataset} has {len(data.classes)} classes; expected 4 or more, two in each half")
     half = len(data.classes) // 2
     old_classes, new_classes = range(half), range(half, len(data.classes))
     is_old = np.isin(data.labels[0], old_classes)
