@@ -602,6 +602,10 @@ def test_shapes_and_the_wrong_channels():
         unknown = conv_block(keras.Input((None, None, 6)), 3, (2, 2, 10), transpose=True, dtype=policy)
         assert unknown.shape == (None, None, None, 10)
     assert identity_block(image, 3, (2, 2, 6)).shape == (None, 8, 12, 6)
+    for shortcut in ("projection", "pool", "pad"):
+        for transpose, shape in ((True, (None, 8, 24, 10)), (False, (None, 8, 6, 10))):
+            y = conv_block(image, 3, (2, 2, 10), strides=(1, 2), transpose=transpose, shortcut=shortcut)
+            assert y.shape == shape
     assert conv_block(image, (3, 3), [2, 2, 10], strides=4).shape == (None, 2, 3, 10)
     assert conv_block(image, np.int64(3), np.array([2, 2, 10]), np.int32(4)).shape == (None, 2, 3, 10)
     for options in ({"shortcut": "some"}, {"filters": 6}, {"kernel_size": (3, 5)}, {"strides": (1, 1, 1)}):

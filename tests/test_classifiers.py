@@ -87,6 +87,19 @@ def test_what_is_asked_for_is_what_is_built():
     assert model.layers[-1].activation is keras.activations.linear
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("resnet20", {"stem": 0}, []),
+        ("resnet20", {"order": "pre"}, ["stem_pad", "stem"]),
+        ("resnet18", {"order": "pre"}, ["stem_pad", "stem", "stem_bn", "stem_relu", "pool_pad", "pool"]),
+    ],
+)
+def test_what_comes_before_the_blocks(name, options, expected):
+    names = [layer.name for layer in build_classifier(name, (32, 32, 3), 3, width=1 / 16, **options).layers]
+    assert names[1 : names.index(next(each for each in names if each.startswith("stage1")))] == expected
+
+
 def test_imagenet_weights_are_those_that_keras_offers(monkeypatch):
     """All but the last layer's, where there are other classes."""
     theirs = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=7)

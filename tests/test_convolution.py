@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from resnet_vae import convolution
-from resnet_vae.convolution import convolution_for_loops, convolve, enlarge
+from resnet_vae.convolution import convolution_for_loops, convolve, enlarge, every, spread
 
 RNG = np.random.default_rng(0)
 
@@ -31,6 +31,19 @@ def test_gradients_of_a_convolution_in_a_loop():
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     layouts = set(re.findall(r" convolution\(.*dim_labels=(\S+?)[,\s]", ours.lower(x, kernels).compile().as_text()))
     assert layouts == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (2, 1), (3, 2), (1, 1), (4, 5)])
+def test_every_position_of_a_stride(strides):
+    """Also where the strides do not divide the sides."""
+    x = RNG.standard_normal((2, 6, 8, 3)).astype("float32")
+    rows, columns = strides
+    read = keras.ops.convert_to_numpy(every(x, strides))
+    np.testing.assert_array_equal(read, x[:, ::rows, ::columns])
+    placed = keras.ops.convert_to_numpy(spread(x, strides))
+    assert placed.shape == (2, 6 * rows, 8 * columns, 3)
+    np.testing.assert_array_equal(placed[:, ::rows, ::columns], x)
+    assert np.count_nonzero(placed) == x.size
 
 
 def gradients(function, dtype, arrays):

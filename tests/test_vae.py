@@ -510,11 +510,22 @@ def test_other_image_shapes(shape):
 
 
 def test_shapes_that_cannot_be():
-    for shape in ((30, 32, 3), (None, None, 3), (8, 8, 0)):
+    for shape in ((30, 32, 3), (None, None, 3), (8, 8, 0), (8, 8)):
         with pytest.raises(ValueError, match="multiples of 8"):
             build_vae(Config(), shape)
     with pytest.raises(ValueError, match="set IMAGE_SHAPE"):
         build_vae(Config(dataset="some/folder"))
+
+
+def test_a_network_that_cannot_be_built_leaves_keras_as_it_is(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("resnet_vae.vae.build_decoder", fail)
+    policy = keras.config.dtype_policy()
+    with pytest.raises(MemoryError):
+        build_vae(Config(**{**TINY, "precision": "mixed_bfloat16"}))
+    assert keras.config.dtype_policy() is policy
 
 
 def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
