@@ -74,6 +74,7 @@ c = get_config()  # noqa: F821, which traitlets provides
 c.NotebookExporter.default_preprocessors = [
     LiveExecutePreprocessor if name == stock else name for name in NotebookExporter().default_preprocessors
 ]
+c.LiveExecutePreprocessor.shutdown_kernel = "immediate"  # interrupted first, it may end in a stack trace of its own
 # No ports: nobody else on the machine can talk to the kernel. In a folder of its own, since Jupyter's sockets would
 # otherwise lie in the folder it is started in, where those of another notebook have the same names.
 sockets = tempfile.TemporaryDirectory(prefix="kernel-")
