@@ -27,8 +27,8 @@ def reconstruction_loss(images, logits):
 
 def _logits(decoder):
     """The function latents, training → logits of a decoder's images."""
-    last = decoder.layers[-1]
-    if getattr(last, "activation", None) is keras.activations.sigmoid and isinstance(last, layers.Activation):
+    last = decoder.layers[-1] if getattr(decoder, "outputs", None) else None  # of a functional Model
+    if isinstance(last, layers.Activation) and last.activation is keras.activations.sigmoid:
         return keras.Model(decoder.inputs, last.input, name="logits")
 
     def logits(latents, training):  # of probabilities 1e-7 away from 0 and 1 at least
