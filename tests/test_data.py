@@ -77,8 +77,9 @@ def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
     colored = augment(images, ("color",), np.random.default_rng(1)).astype(float)
     ratio = colored.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert 0.6 < ratio.min() < 0.95 < 1.05 < ratio.max() < 1.45
-    spread = colored.std((1, 2, 3)) / images.std((1, 2, 3)) / ratio  # what contrast changes and brightness does not
-    assert spread.min() < 0.95 < 1.05 < spread.max()
+    dull = RNG.integers(100, 150, (256, 16, 8, 1)).astype("uint8")  # nothing is cut off
+    spread = augment(dull, ("color",), np.random.default_rng(1)).std((1, 2, 3)) / dull.std((1, 2, 3))
+    assert spread.min() < 0.75 < 1.25 < spread.max()  # by contrast and balance; by one of them a fifth at most
     white = augment(np.full((64, 8, 8, 3), 255, "uint8"), ("color",), np.random.default_rng(1))
     assert white.min() > 0.6 * 255  # brighter than white is white
     assert (white == white[:, :1, :1]).all()
