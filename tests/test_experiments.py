@@ -144,15 +144,19 @@ def test_the_probe_holds_the_gradients():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_kinds_are_what_they_are_called(network):
+def test_kinds_are_what_they_are_called_and_differ_in_nothing_else(network):
+    """Above all, the scales of the normalisations start alike, which would do what shortcuts do."""
     images = RNG.integers(0, 256, (16, 8, 8, 1), "uint8")
     data = Data("made up", images, images, images, "", (np.arange(16) % 3,) * 3, ("0", "1", "2"))
     for kind, order, plain in (("plain", "post", True), ("residual", "post", False), ("pre-activation", "pre", False)):
-        model = build_network(Trained(width=0.0625), network, kind, {"classifier": 8, "VAE": 28}[network], data)
+        model = build_network(Trained(width=0.0625), network, kind, {"classifier": 8, "VAE": 34}[network], data)
         layers = getattr(model, "encoder", model).layers
         blocks = [layer for layer in layers if isinstance(layer, ResidualBlock)]
         assert blocks
         assert {(block.order, block.shortcut_kind == "none") for block in blocks} == {(order, plain)}
+        scales = [weight for weight in model.weights if weight.path.endswith("gamma")]
+        assert scales
+        assert all(np.all(keras.ops.convert_to_numpy(scale) == 1) for scale in scales)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -86,11 +86,9 @@ def measure(settings):
     data = load_labelled(settings)
     batch = data.train[: settings.batch_size], data.labels[0][: settings.batch_size]
     for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
-        # Not the VAE's own initialisation, under which most gradients begin at zero.
-        options = {} if network == "classifier" else {"initialization": "published"}
         for kind in ("plain", "residual"):
             for depth in depths:
-                model = build_network(settings, network, kind, depth, data, settings.seed, **options)
+                model = build_network(settings, network, kind, depth, data, settings.seed)
                 add(network, kind, depth, of_network(network, model, *batch))
     return rows
 

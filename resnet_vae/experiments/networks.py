@@ -10,7 +10,13 @@ from resnet_vae.optimizer import AdamW, prepare
 from resnet_vae.vae import build_vae
 
 LOSSES = {"classifier": "cross-entropy, nats per image", "VAE": "reconstruction + β KL, nats per image"}
-SMALL_VAE = {"latent_dim": 16, "intermediate_dim": 128, "precision": "float32", "kl_warmup_steps": 0}
+SMALL_VAE = {
+    "latent_dim": 16,
+    "intermediate_dim": 128,
+    "precision": "float32",
+    "kl_warmup_steps": 0,
+    "initialization": "published",  # with the VAE's own, only blocks with shortcuts could start as the identity
+}
 
 
 def load_labelled(settings, image_shape=None):
