@@ -145,18 +145,26 @@ def test_the_probe_holds_the_gradients():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_kinds_are_what_they_are_called_and_differ_in_nothing_else(network):
-    """Above all, the scales of the normalisations start alike, which would do what shortcuts do."""
+    """Above all, the scales of the normalisations start alike, but for zero-init's."""
     images = RNG.integers(0, 256, (16, 8, 8, 1), "uint8")
     data = Data("made up", images, images, images, "", (np.arange(16) % 3,) * 3, ("0", "1", "2"))
-    for kind, order, plain in (("plain", "post", True), ("residual", "post", False), ("pre-activation", "pre", False)):
+    for kind, order, plain in (
+        ("plain", "post", True),
+        ("residual", "post", False),
+        ("zero-init", "post", False),
+        ("pre-activation", "pre", False),
+    ):
         model = build_network(Trained(width=0.0625), network, kind, {"classifier": 8, "VAE": 34}[network], data)
-        layers = getattr(model, "encoder", model).layers
+        layers = model.layers if network == "classifier" else model.encoder.layers + model.decoder.layers
         blocks = [layer for layer in layers if isinstance(layer, ResidualBlock)]
         assert blocks
         assert {(block.order, block.shortcut_kind == "none") for block in blocks} == {(order, plain)}
+        zeros = [f"{block.name}/bn{len(block.convolutions)}" for block in blocks if block.shortcut_kind == "identity"]
         scales = [weight for weight in model.weights if weight.path.endswith("gamma")]
         assert scales
-        assert all(np.all(keras.ops.convert_to_numpy(scale) == 1) for scale in scales)
+        for scale in scales:
+            start = 0 if kind == "zero-init" and scale.path.removesuffix("/gamma") in zeros else 1
+            assert np.all(keras.ops.convert_to_numpy(scale) == start)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,4 +1,4 @@
-"""The small classifiers and VAEs that the experiments compare: equal layers, and plain, residual or pre-activated."""
+"""The small classifiers and VAEs that the experiments compare: equal layers, whose blocks are of one of KINDS."""
 
 import keras
 
@@ -15,7 +15,7 @@ SMALL_VAE = {
     "intermediate_dim": 128,
     "precision": "float32",
     "kl_warmup_steps": 0,
-    "initialization": "published",  # with the VAE's own, only blocks with shortcuts could start as the identity
+    "initialization": "published",  # plain and residual alike; by the default only residual blocks start otherwise
 }
 
 
@@ -30,6 +30,7 @@ def build_network(settings, network, kind, depth, data, seed=0, **options):
     keras.utils.set_random_seed(seed)
     options = {"width": settings.width, **KINDS[kind], **options}
     if network == "classifier":
+        options["gain"] = 0.0 if options.pop("initialization", None) == "identity" else 1.0
         return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
     return build_vae(Config(resnet_depth=depth, seed=seed, beta=settings.beta, **SMALL_VAE | options), data.image_shape)
 

@@ -19,7 +19,12 @@ from resnet_vae.config import (
 )
 
 NETWORKS = ("classifier", "VAE")
-KINDS = {"plain": {"shortcut": "none"}, "residual": {}, "pre-activation": {"order": "pre"}}  # and their options
+KINDS = {  # and their options; "zero-init" has residual blocks that start as the identity
+    "plain": {"shortcut": "none"},
+    "residual": {},
+    "zero-init": {"initialization": "identity"},
+    "pre-activation": {"order": "pre"},
+}
 
 
 def _check_classifier_depth(depth):

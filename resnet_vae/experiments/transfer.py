@@ -49,8 +49,8 @@ def measure(settings):
     for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
         known = is_old if network == "classifier" else slice(None)
         first = data.train[known], data.labels[0][known]
-        own = {"initialization": "identity"} if network == "VAE" else {}  # no kinds are compared here
-        build = partial(build_network, settings, network, "residual", depth, **own)
+        kind = "residual" if network == "classifier" else "zero-init"  # the defaults
+        build = partial(build_network, settings, network, kind, depth)
         source = build(data)
 
         def learn(model, seed, network=network, first=first):
