@@ -239,17 +239,16 @@ def test_notebook_of_transfer(tmp_path):
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_degradation(tmp_path):
-    """Over two seeds: deeper plain networks train worse than shallower ones, those with zero-init do not."""
+    """Over two seeds: deeper plain networks train worse than shallower ones, and than residual ones as deep."""
     small = {"image_shape": "8x8x1", "width": 0.125, "learning_rate": 0.01, "epochs": 4, "repetitions": 2}
     networks = {"networks": "classifier VAE", "depths": "8 20", "vae_depths": "28 52"}
-    tables = run_experiment("degradation", tmp_path, kinds="plain residual zero-init", **networks, **small)
+    tables = run_experiment("degradation", tmp_path, **networks, **small)
     losses = {(row["network"], row["kind"], row["depth"]): row for row in tables["summary"]}
     assert {row["seeds"] for row in losses.values()} == {2}
     for network, shallow, deep in (("classifier", 8, 20), ("VAE", 28, 52)):
         assert losses[network, "plain", deep]["loss"] > losses[network, "plain", shallow]["loss"] + 0.3
         assert losses[network, "plain", deep]["lowest"] > losses[network, "plain", shallow]["loss"]
         assert losses[network, "residual", deep]["highest"] < losses[network, "plain", deep]["lowest"]
-        assert losses[network, "zero-init", deep]["loss"] < losses[network, "zero-init", shallow]["loss"] + 0.15
 
 
 @once("the same code on every backend, which the tests of its parts run on each")
