@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -22,27 +24,31 @@ from conftest import TINY
 from keras import ops
 from matplotlib.image import imread
 
-from resnet_vae import Config, build_vae, load_data, load_run, train
+from resnet_vae import Config, build_vae, checkpoints, load_data, load_run, train
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
 from resnet_vae.data import DataError, entropy_floor
 from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
-from resnet_vae.records import FIGURES, PICTURES, is_finished, read_run
+from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, sha256_of
 from resnet_vae.results import evaluate_run
 from resnet_vae.training import (
     COLUMNS,
     MODULES,
     PLATEAU,
     Batches,
+    DivergenceError,
     InterruptedTrainingError,
     Training,
     TrainingError,
     evaluate,
     feed,
+    identity,
     without_progress,
 )
 from resnet_vae.vae import VAE
+
+RNG = np.random.default_rng(0)
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -59,8 +65,14 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert first != epoch(1, 0)
     assert [len(batch) for batch in first] == [4, 4]
     assert len({*first[0], *first[1]}) == 8
-    changed = [Batches(np.repeat(images, 8, 1), 4, 0, 0, skip, ("shift",)) for skip in (0, 1)]
-    np.testing.assert_array_equal(changed[0][1][0], changed[1][0][0])
+    alike = np.tile(RNG.integers(0, 256, (1, 16, 16, 1), "uint8"), (8, 1, 1, 1))  # so that only the changes differ
+
+    def changed(seed, number, index, skip=0):
+        return Batches(alike, 4, seed, number, skip, ("shift",))[index - skip][0].tobytes()
+
+    places = [(seed, number, index) for seed in (0, 1) for number in (0, 1) for index in (0, 1)]
+    assert len({changed(*place) for place in places}) == 8
+    assert changed(1, 1, 1) == changed(1, 1, 1, skip=1)
     in_order = Batches(images, 4)
     assert [in_order[i][0].ravel().tolist() for i in range(len(in_order))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert np.shares_memory(in_order[0][0], images)
@@ -162,9 +174,12 @@ def test_warm_ups_end_in_short_trainings():
         assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
 
 
+PROVENANCE = "provenance.json"
+
+
 def test_a_finished_run_is_recorded_whole(finished_run):
     names = {path.name for path in finished_run.iterdir()}
-    assert names == {"config.json", "history.csv", "metrics.json", "provenance.json", "model.keras"}
+    assert names == {"config.json", "history.csv", "metrics.json", PROVENANCE, "model.keras"}
     run = read_run(finished_run)
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
     best = min(run.history, key=lambda row: row["val_loss"])
@@ -179,7 +194,17 @@ def test_a_finished_run_is_recorded_whole(finished_run):
     assert run.metrics["validation_floor"] == entropy_floor(data.validation)
     assert run.provenance["backend"] == keras.backend.backend()
     assert run.provenance["versions"][keras.backend.backend()]
-    assert 0 < run.provenance["seconds_per_epoch"] * 3 <= run.provenance["seconds"] + 1e-9
+    told = run.provenance
+    assert {name: told["data"][name] for name in ("train", "validation", "test")} == {
+        "train": 1295,
+        "validation": 143,
+        "test": 359,
+    }
+    assert sum(row["seconds"] for row in run.history) == pytest.approx(told["seconds"], rel=0.05)
+    assert run.metrics["hours"] * 3600 == pytest.approx(told["seconds"])
+    assert told["seconds_per_epoch"] == pytest.approx(told["seconds"] / 3)
+    assert told["images_per_second"] == pytest.approx(3 * 20 * 64 / told["seconds"])
+    assert told["files"] == {name: sha256_of(finished_run / name) for name in names - {"metrics.json", PROVENANCE}}
     origins = json.loads((finished_run / "config.json").read_text())["origins"]
     assert origins["width"] == "given"
     assert origins["beta"] == "default"
@@ -412,6 +437,19 @@ def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, c
     assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
 
 
+def test_divergence_that_goes_on_is_told_in_the_end(tmp_path, monkeypatch, capsys):
+    def diverged(self):
+        rates.append(self.rate)
+        raise DivergenceError("the loss is nan in epoch 1")
+
+    rates = []
+    monkeypatch.setattr(Training, "run", diverged)
+    with pytest.raises(DivergenceError):
+        train(Config(**TINY, rollbacks=2, outdir=str(tmp_path / "run"), cmdline=True))
+    assert capsys.readouterr().out.count("going back to the last checkpoint") == 2
+    assert rates == pytest.approx([0.002, 0.001, 0.0005])
+
+
 def test_a_signal_in_a_step_that_diverges_is_not_lost(tmp_path, monkeypatch):
     """It stops the training that goes back, after its checkpoint was written."""
     end = Training.on_train_batch_end
@@ -510,12 +548,93 @@ def test_what_is_configured_is_what_is_trained():
 
 
 def test_the_plateau_halves_the_rate(tmp_path):
-    config = Config(**{**TINY, "epochs": 30, "schedule": "plateau", "learning_rate": 0.25}, cmdline=True)
-    training = Training(config, load_data(config), tmp_path)
-    training.rows = [{**dict.fromkeys(COLUMNS, 1.0), "val_loss": 1.0} for _ in range(26)]
-    training.step = training.steps - 1
-    training._run_epoch()
-    assert training.rows[-1]["learning_rate"] == pytest.approx(0.125)
+    """As going back has done before, down to a thousandth; the decay of each step comes on top."""
+    settings = {**TINY, "schedule": "plateau", "learning_rate": 0.25, "decay": 1.0, "norm_batches": 0}
+    config = Config(**settings, cmdline=True)
+    training = Training(config, load_data(config), tmp_path, rollbacks=1)
+    for epochs, rate in ((25, 0.125), (26, 0.125 / 2), (301, 0.125 / 1000)):
+        steps = int(training.vae.optimizer.iterations) + 1
+        training.rows = [{**dict.fromkeys(COLUMNS, 1.0), "val_loss": 1.0} for _ in range(epochs)]
+        training.step = training.steps - 1
+        training._run_epoch()
+        assert training.rows[-1]["learning_rate"] == pytest.approx(rate / (1 + steps))
+
+
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch):
+    """Of the second epoch, since the losses are said to be 3, 1 and 2."""
+    config = Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)
+    losses, kernels = [3.0, 1.0, 2.0, 4.0], []
+
+    def evaluated(vae, *_):
+        kernels.append(vae.encoder.get_layer("mean").get_weights()[0])
+        return dict.fromkeys(FIGURES, losses[len(kernels) - 1])
+
+    monkeypatch.setattr("resnet_vae.training.evaluate", evaluated)
+    run, vae = load_run(train(config))
+    assert len(kernels) == 4  # the last is the test, of the weights kept
+    kept = vae.encoder.get_layer("mean").get_weights()[0]
+    assert [np.array_equal(kept, kernel) for kernel in kernels] == [False, True, False, True]
+    assert run.metrics["best_epoch"] == 2
+    assert (run.metrics["validation"]["loss"], run.metrics["test"]["loss"]) == (1, 4)
+
+
+def test_what_a_training_was_is_gone_on_from(tmp_path, monkeypatch):
+    """Its history, place, times and rollbacks; and how long saving takes sets how often there is time for it."""
+    config = Config(**TINY, cmdline=True)
+    data, save = load_data(config), checkpoints.save
+    rows = [dict.fromkeys(COLUMNS, 1.0)]
+    figures = dict.fromkeys(FIGURES, 2.0)
+
+    def slow_save(*args):
+        time.sleep(0.1)
+        save(*args)
+
+    monkeypatch.setattr("resnet_vae.training.checkpoints.save", slow_save)
+    before = Training(config.replace(checkpoint_seconds=1), data, tmp_path)
+    before.rows, before.step, before.figures, before.rollbacks = rows, 7, figures, 2
+    before.seconds, before.cpu_seconds, before.saving_seconds = 100.0, 200.0, 3.0
+    before.began, before.started = 90.0, "2020-02-02T00:00:00+00:00"
+    before.best_weights = [np.full(2, 5.0)]
+    before.save()
+    assert before.interval == pytest.approx(100 * (before.saving_seconds - 3), rel=1e-6)
+    assert before.interval > 10
+    after = Training(config.replace(checkpoint_seconds=1e6), data, tmp_path)
+    assert (after.rows, after.step, after.figures, after.rollbacks) == (rows, 7, figures, 2)
+    assert (after.began, after.started) == (90.0, "2020-02-02T00:00:00+00:00")
+    assert 100 < after.seconds < 160
+    assert 200 < after.cpu_seconds < 300
+    assert after.sessions == before.sessions + 1 == 2
+    assert after.rate == config.learning_rate / 4
+    np.testing.assert_array_equal(after.best_weights, [[5.0, 5.0]])
+    after.save()
+    assert after.interval == 1e6
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
+    config = Config(**TINY, cmdline=True)
+    data = load_data(config)
+    checkpoints.save(tmp_path, {"identity": identity(config, data)}, [])
+
+    def refused(told, data=data, **settings):
+        with pytest.raises(RecordError, match=re.escape(f"an unfinished run of something else ({told}")):
+            Training(config.replace(**settings), data, tmp_path)
+
+    refused("another data", data=replace(data, fingerprint="0123"))
+    refused("PRECISION float32 there, mixed_bfloat16 here", precision="mixed_bfloat16")
+    refused("BETA 1.0 there, 0.5 here", beta=0.5)
+    monkeypatch.setattr("resnet_vae.training.precision", lambda _: "mixed_float16")  # of PRECISION=auto elsewhere
+    refused("PRECISION float32 there, mixed_float16 here")
+    monkeypatch.undo()
+    versions = {"keras": "3", keras.backend.backend(): "1"}
+    monkeypatch.setattr("resnet_vae.training.environment", lambda *_: {"versions": versions})
+    refused(f"KERAS_VERSION {keras.__version__} there, 3 here; BACKEND_VERSION ")
+    monkeypatch.undo()
+    monkeypatch.setattr("resnet_vae.training.keras.backend.backend", lambda: "numpy")
+    monkeypatch.setattr("resnet_vae.training.environment", lambda *_: {"versions": {"keras": "3", "numpy": "2"}})
+    refused(f"BACKEND {os.environ.get('KERAS_BACKEND', 'tensorflow')} there, numpy here")
+    monkeypatch.undo()
+    monkeypatch.setattr("resnet_vae.training.MODULES", MODULES[:-1])
+    refused("another code")
 
 
 def test_images_that_were_trained_on_do_not_stay_in_memory(tmp_path, monkeypatch):
