@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,111 @@ def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
     assert [path.name for path in tmp_path.iterdir()] == ["a.ipynb"]
 
 
+STAND_IN = """#!/bin/sh
+case "$*" in
+  -c*) exec "$REAL" "$@" ;;
+  *" sweep "*) echo depth-28 RESNET_DEPTH=28; echo depth-34 RESNET_DEPTH=34 ;;
+esac
+echo "$* $OUTDIR $RESNET_DEPTH" >> calls
+for word in $FAILS; do case "$*" in *" ${word%:*}"*) exit ${word#*:} ;; esac; done
+"""
+
+
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """What a script asks of Python, and how it ends where "finished:3 train:1" are the exit codes of two commands."""
+    write_program(tmp_path / "python", STAND_IN)
+
+    def run(fails, script="run_all", words=("sweep",), **settings):
+        environ = {"REAL": sys.executable, "PYTHON": f"{tmp_path}/python", "RUNNER": "command", "FAILS": fails}
+        done = subprocess.run(
+            [SCRIPTS / f"{script}.sh", *words],
+            cwd=tmp_path,
+            env=os.environ | environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        calls = (tmp_path / "calls").read_text().replace("-m resnet_vae ", "").splitlines()
+        return done.returncode, done.stderr, calls
+
+    return run
+
+
+FAILURES = {
+    "finished:3 train:1": "depth-28 depth-34",
+    "finished:3 train:4": "depth-28 (in work elsewhere) depth-34 (in work elsewhere)",
+    "finished:2": "depth-28 depth-34",
+    "evaluate:2": "evaluating sweep/depth-28 evaluating sweep/depth-34",
+    "finished:3 evaluate:2": "evaluating sweep/depth-28 evaluating sweep/depth-34",
+    "table:2": "table",
+}
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+def test_a_sweep_is_finished_when_all_of_it_is(stand_in, fails):
+    assert stand_in(fails, EVALUATE="digits")[:2] == (1, f"error: not finished: {FAILURES[fails]}\n")
+
+
+def test_a_sweep_trains_evaluates_and_makes_the_table_in_this_order(stand_in):
+    expected = [
+        call.format(depth)
+        for depth in (28, 34)
+        for call in ("finished sweep/depth-{0} {0}", "train sweep/depth-{0} {0}", "evaluate sweep/depth-{0} digits  ")
+    ]
+    code, error, calls = stand_in("finished:3", EVALUATE="digits")
+    assert (code, error) == (0, "")
+    assert calls == ["sweep sweep  ", *expected, "table sweep  "]
+
+
+def test_a_sweep_with_a_mistake_trains_nothing(stand_in):
+    assert stand_in("sweep:2") == (2, "", ["sweep sweep  "])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number, code):
+    write_program(tmp_path / "python", STAND_IN + 'case "$*" in *train*) exec sleep 60 ;; esac\n')
+    environ = {"REAL": sys.executable, "PYTHON": f"{tmp_path}/python", "RUNNER": "command", "FAILS": "finished:3"}
+    calls = tmp_path / "calls"
+    calls.touch()
+    with subprocess.Popen(
+        [SCRIPTS / "run_all.sh", "sweep"],
+        cwd=tmp_path,
+        env=os.environ | environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background ignores
+    ) as running:
+        while "train" not in calls.read_text() and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(number)
+        assert running.wait(20) == code
+        assert running.stderr.read() == "interrupted; the same command goes on\n"
+    assert calls.read_text().count("train") == 1
+
+
+def test_table1_trains_both_objectives_where_there_is_no_gpu(stand_in, tmp_path):
+    write_program(tmp_path / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    write_program(tmp_path / "python", '#!/bin/sh\necho "$SWEEP $OBJECTIVE $DEPTHS $WIDTH" > calls; exit 2')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, _, calls = stand_in("", "table1", ("table",), PATH=path)
+    assert (code, calls) == (2, ["OBJECTIVE DEPTHS published elbo 28:38 40:29 70:18 100:13 0.25"])
+
+
+@pytest.mark.parametrize(("words", "place"), [((), "there"), (("here",), "here")])
+def test_a_notebooks_folder_is_the_argument_or_outdir(stand_in, tmp_path, words, place):
+    (tmp_path / "a.ipynb").write_text("{}")
+    code, _, calls = stand_in("", "run_notebook", ("a.ipynb", *words), OUTDIR="there")
+    assert code == 0
+    assert f"--output-dir {place} --output a.ipynb --ExecutePreprocessor.timeout=-1 {place} " in calls[-1]
+    assert (tmp_path / place).is_dir()
+
+
 @pytest.mark.parametrize(
     ("sees", "given", "told"),
     [
@@ -184,8 +291,7 @@ def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, to
             esac""",
     }
     for name, script in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/sh{script}\n")
-        (tmp_path / name).chmod(0o755)
+        write_program(tmp_path / name, f"#!/bin/sh{script}\n")
     bare = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "KERAS_BACKEND", "RUNNER")}
     done = subprocess.run(
         [SCRIPTS / "table1.sh", tmp_path / "table"],
