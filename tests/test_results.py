@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread, imsave
 
 from resnet_vae import Config
+from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
 from resnet_vae.records import FIGURES, Run, read_sweep, whole
@@ -161,8 +164,6 @@ def test_the_figures_are_drawn_though_nobody_reads_the_table(sweep):
 
 
 def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeypatch):
-    from resnet_vae.__main__ import main
-
     partial = sweep / f"partial-{os.getpid()}-table.md"
     partial.mkdir()
     monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
@@ -189,6 +190,50 @@ def test_what_is_written_is_whole_or_not_there(tmp_path, monkeypatch):
         partial.write_text(partial.write_text("half"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_record_names_the_commit_and_whether_the_code_was_changed(tmp_path):
+    """By files that git knows; records that are made again do not count, nor does a repository around the package."""
+    package = tmp_path / "resnet_vae"
+    shutil.copytree(RESULTS.parent / "resnet_vae", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.md").touch()
+    (tmp_path / ".gitignore").write_text("__pycache__\n")
+
+    def git(*words):
+        user = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *user, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def recorded():
+        code = "import json; from resnet_vae.records import environment; print(json.dumps(environment('b', ['d'])))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "a word"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told = json.loads(done.stdout)
+        assert (told["backend"], told["devices"], told["command"]) == ("b", ["d"], "-c a word")
+        assert told["versions"]["numpy"] == version("numpy")
+        return told["commit"], told["dirty"]
+
+    assert recorded() == (None, None)
+    git("init", "-q")
+    git("add", "results", ".gitignore")
+    git("commit", "-qm", "of something else")
+    assert recorded()[0] is None
+    git("add", ".")
+    git("commit", "-qm", "of the package")
+    commit = git("rev-parse", "HEAD")
+    assert recorded() == (commit, False)
+    (tmp_path / "results" / "table.md").write_text("new")
+    (tmp_path / "untracked.py").touch()
+    assert recorded() == (commit, False)
+    (package / "vae.py").write_text("")
+    assert recorded() == (commit, True)
 
 
 def test_files_are_in_utf8_whatever_the_locale_is(tmp_path):
@@ -236,6 +281,19 @@ def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_pat
     assert list(axes.get_xticks()) == [28]
 
 
+def test_runs_that_are_not_finished_are_told(sweep, capsys, monkeypatch):
+    for name in ("begun", "depth-40"):
+        (sweep / name).mkdir(exist_ok=True)
+        (sweep / name / "config.json").touch()
+    (sweep / "depth-40" / "metrics.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
+    assert main() == 0
+    told = capsys.readouterr()
+    assert told.err == "left out, since they are not finished: begun, depth-40\n"
+    assert "| depth-28 |" in told.out
+    assert "| depth-40 |" not in told.out
+
+
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
         write_table(tmp_path)
@@ -266,6 +324,19 @@ def another_picture(sweep):
     shutil.copy(sweep / "depth-28" / "samples.png", sweep / "depth-28" / "curves.png")
 
 
+def faint_picture(sweep):
+    """A grey line less."""
+    path = sweep / "depth-28" / "curves.png"
+    picture = imread(path)
+    picture[40:60, 40:60, :3] -= 0.03
+    imsave(path, picture.clip(0, 1))
+
+
+def scaled(factor):
+    """What multiplies the number after a name."""
+    return lambda match: f"{match[1]}: {float(match[0].rpartition(':')[2]) * factor}"
+
+
 def damaged_picture(name, length):
     """What leaves so many bytes of a picture, or puts others there."""
 
@@ -283,6 +354,19 @@ CALM_HOURS = json.loads((RESULTS / "calm" / "depth-28" / "provenance.json").read
     ("spoil", "told"),
     [
         (change(METRICS, '(validation": {\\s+"loss"): [^,]*', r"\1: 1700.0"), "another validation loss"),
+        (change(METRICS, '(train": {\\s+"loss"): [^,]*', scaled(1.00003)), "another train loss"),
+        (change(METRICS, '(train": {[^}]*"kl"): [^,]*', scaled(1.00003)), "another train kl"),
+        (
+            change(METRICS, '(test": {\\s+"loss"): [^,]*', scaled(1.00003)),
+            "a loss that is not reconstruction + beta × KL",
+        ),
+        (
+            change(METRICS, '"loss_is": [^,]*', '"loss_is": "a bound"'),
+            "calls the loss 'a bound'; it is 'negative ELBO'",
+        ),
+        (lambda sweep: (sweep / METRICS).unlink(), "metrics.json is missing"),
+        (lambda sweep: (sweep / "losses_by_epoch.png").unlink(), "losses_by_epoch.png is missing"),
+        (faint_picture, "curves.png is not the figure"),
         (another_hash, "not the file that was written"),
         (change("table.md", "elbo", "elbe"), "table.md is not the table"),
         (lambda sweep: (sweep / "table.tex").unlink(), "table.tex is missing"),
@@ -305,6 +389,19 @@ def test_verify_tells_what_does_not_match(tmp_path, spoil, told):
     copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
     spoil(copy)
     assert told in "\n".join(verify(copy))
+
+
+def test_verify_tells_of_a_table_that_is_missing(tmp_path):
+    copy = shutil.copytree(RESULTS / "euler", tmp_path / "copy")
+    (copy / "spirals.csv").unlink()
+    assert verify(copy) == [f"{copy / 'spirals.csv'} is missing"]
+
+
+def test_verify_allows_for_figures_that_were_rounded(tmp_path):
+    """In history.csv to six digits."""
+    copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
+    change(METRICS, '(train": {[^}]*"kl"): [^,]*', scaled(1.000004))(copy)
+    assert verify(copy) == []
 
 
 def test_verify_tells_of_each_folder(tmp_path):

@@ -600,6 +600,7 @@ def test_what_a_training_was_is_gone_on_from(tmp_path, monkeypatch):
     assert before.interval > 10
     after = Training(config.replace(checkpoint_seconds=1e6), data, tmp_path)
     assert (after.rows, after.step, after.figures, after.rollbacks) == (rows, 7, figures, 2)
+    assert after.saving_seconds == 3
     assert (after.began, after.started) == (90.0, "2020-02-02T00:00:00+00:00")
     assert 100 < after.seconds < 160
     assert 200 < after.cpu_seconds < 300
