@@ -112,6 +112,43 @@ def test_speed_is_measured(tmp_path, monkeypatch):
         speed.measure("tiny", config, ["nobody"], rounds=1, seconds=0)
 
 
+def test_speeds_and_ratios_are_those_of_the_answers(monkeypatch):
+    """Of made-up contestants: ours takes a tenth of a second a step, the other one twice that, but for one turn."""
+    import speed
+
+    asked = []
+
+    class Contestant:
+        def __init__(self, name, config):
+            self.name, self.turns = name, 0
+
+        def ask(self, steps):
+            asked.append((self.name, steps))
+            if steps == "peak":
+                return 0.5
+            slow = self.name.startswith("plain")
+            self.turns += steps > 3
+            seconds = {0: 2.0, 1: 5.0}.get(steps, steps * (0.2 if slow else 0.1) * (10 if self.turns == 2 else 1))
+            return {"seconds": seconds, "waited": 0.03 * seconds, "peak": 700.0 + self.turns}
+
+        def close(self):
+            asked.append((self.name, "close"))
+
+    monkeypatch.setattr(speed, "Contestant", Contestant)
+    names = ["resnet_vae float32", "plain Keras float32"]
+    ours, theirs = speed.measure("a case", speed.BASE, names, rounds=3, seconds=10)
+    assert [steps for name, steps in asked if name == names[1]] == [0, 1, 3, 100, 100, 100, "peak", "close"]
+    assert [name for name, steps in asked if steps == 100] == names * 3
+    assert ours["images_per_second"] == ours["highest"] == pytest.approx(250)
+    assert ours["lowest"] == pytest.approx(25)
+    assert (theirs["images_per_second"], theirs["ratio"]) == pytest.approx((125, 2))
+    assert ours["ratio"] == 1
+    assert ours["teraflop_per_second"] == pytest.approx(250 * speed.training_gflop(speed.BASE) / 1000)
+    assert ours["peak_share"] == pytest.approx(100 * ours["teraflop_per_second"] / 0.5)
+    assert (ours["build_seconds"], ours["first_step_seconds"], ours["peak_megabytes"]) == (2, 5, 703)
+    assert ours["input_share"] == pytest.approx(3)
+
+
 def test_cost_as_work_grows(tmp_path, monkeypatch):
     """Exponents of made-up costs, and the files."""
     import scaling
@@ -121,13 +158,17 @@ def test_cost_as_work_grows(tmp_path, monkeypatch):
     def measure(case, config, names, rounds, seconds):
         cost = config.resnet_depth**1.5
         seconds = {"build_seconds": 1.0, "first_step_seconds": 1.0}
-        return [{"images_per_second": config.batch_size / cost, "peak_megabytes": cost, **seconds}]
+        remat.append(config.remat)
+        return [{"images_per_second": config.batch_size / cost, "peak_megabytes": cost**0.5, **seconds}]
 
     monkeypatch.setattr(scaling, "measure", measure)
-    assert scaling.main([str(tmp_path), "--axes", "depth", "batch"]) == 0
+    remat = []
+    assert scaling.main([str(tmp_path), "--axes", "depth", "batch", "depth_remat", "--most", "250"]) == 0
+    assert remat == [False] * 7 + [True] * 2
     with open(tmp_path / "scaling.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["exponent"] for row in rows if row["exponent"]] == ["1.50", "0.00"]
+    assert [row["exponent"] for row in rows if row["exponent"]] == ["1.50", "0.00", "1.50"]
+    assert [row["memory_exponent"] for row in rows if row["exponent"]] == ["0.75", "0.00", "0.75"]
     assert float(rows[0]["step_seconds"]) == pytest.approx(28**1.5, rel=1e-3)
     assert (tmp_path / "scaling.png").stat().st_size > 5000
 

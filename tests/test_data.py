@@ -162,6 +162,9 @@ def test_the_fingerprint_is_of_all_images_whatever_the_seed(tmp_path):
     first, second = (load(tmp_path / "a.npz", seed=seed) for seed in (0, 1))
     assert (first.test != second.test).any()
     assert first.fingerprint == second.fingerprint
+    np.savez(tmp_path / "b.npz", images=np.zeros((30, 8, 16), "uint8"))
+    np.savez(tmp_path / "c.npz", images=np.zeros((30, 16, 8), "uint8"))
+    assert load(tmp_path / "b.npz").fingerprint != load(tmp_path / "c.npz").fingerprint
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,14 @@ def test_folder_of_just_images_of_any_size(tmp_path):
     with pytest.raises(DataError, match=r"16x16.*others are 30x50; set IMAGE_SHAPE|64x20"):
         load(tmp_path)
     assert load(tmp_path, image_shape=(16, 16, 3)).image_shape == (16, 16, 3)
+
+
+def test_images_of_all_kinds_that_are_usual(tmp_path):
+    suffixes = ["png", "PNG", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"]
+    for suffix in suffixes:
+        write_folder(tmp_path / suffix, pictures(2, 8, 8), suffix)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert len(load(tmp_path, validation="test").train) == round(0.9 * 2 * len(suffixes))
 
 
 def test_images_are_cut_at_the_middle_and_resized_smoothly(tmp_path):
@@ -315,7 +326,9 @@ def test_folders_that_are_links_are_followed(tmp_path):
         ("training", "testing"),
         ("train", "val"),
         ("train", "test", "Validation"),
+        ("", "val"),
         ("", "valid"),
+        ("", "validation"),
         ("", "test"),
         ("", "train"),
         ("train", "test", "more"),

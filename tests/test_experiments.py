@@ -11,10 +11,10 @@ from conftest import once
 from resnet_vae import build_classifier
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.data import Data
-from resnet_vae.experiments import euler, gradients, landscape
+from resnet_vae.experiments import degradation, euler, gradients, landscape, transfer
 from resnet_vae.experiments.chain import ACTIVATIONS, Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
-from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, train_each
+from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, load_labelled, train_each
 from resnet_vae.experiments.settings import NETWORKS, Euler, Trained
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
@@ -186,6 +186,60 @@ def test_a_network_trained_after_others_is_what_it_is_alone(network):
     first, other, again = train_each(build, compile_, fit, [(0,), (1,), (0,)])
     assert again == pytest.approx(first, rel=1e-5)
     assert other != pytest.approx(first, rel=1e-5)
+
+
+def test_what_is_left_of_a_degradation():
+    """Of made-up losses: after the last epoch, the seeds' mean and range, and a classifier's errors."""
+    history = {"loss": [3.0, 1.0], "val_loss": [4.0, 2.0]}
+    vae, classifier = (
+        degradation._epochs(history),
+        degradation._epochs(history | {"accuracy": [0.5, 0.75], "val_accuracy": [0.25, 0.5]}),
+    )
+    assert vae[1] == {"epoch": 2, "loss": 1.0, "test_loss": 2.0, "error": "", "test_error": ""}
+    assert classifier[1] == {"epoch": 2, "loss": 1.0, "test_loss": 2.0, "error": 0.25, "test_error": 0.5}
+    rows = [
+        {"network": "VAE", "kind": kind, "depth": depth, "seed": seed, **row, "loss": row["loss"] * (depth + seed)}
+        for kind in ("plain", "residual")
+        for depth in (28, 76)
+        for seed in (0, 4, 5)
+        for row in vae
+    ]
+    summary = degradation.summarize(rows)
+    assert [(row["kind"], row["depth"]) for row in summary] == [(k, d) for k in ("plain", "residual") for d in (28, 76)]
+    expected = {"seeds": 3, "loss": 79.0, "lowest": 76.0, "highest": 81.0, "test_loss": 2.0}
+    assert summary[1] == {"network": "VAE", "kind": "plain", "depth": 76, **expected}
+
+
+def test_experiments_train_on_all_training_images_and_test_on_the_others():
+    data = load_labelled(Trained())
+    assert (len(data.train), len(data.test)) == (1438, 359)
+    assert data.validation is data.test
+    assert load_labelled(Trained(image_shape="8x8x3")).image_shape == (8, 8, 3)
+
+
+def test_few_images_of_each_class_are_chosen_at_random():
+    labels = np.arange(60) % 3
+    chosen = transfer.choose(labels, (1, 2), 5, np.random.default_rng(0))
+    assert labels[chosen].tolist() == [1] * 5 + [2] * 5
+    assert len(set(chosen)) == 10
+    assert set(chosen) != set(transfer.choose(labels, (1, 2), 5, np.random.default_rng(1)))
+    assert len(transfer.choose(labels, (0,), 99, RNG)) == 20
+
+
+def test_spirals_are_learned_from_some_points_and_told_by_others(monkeypatch):
+    drawn, spirals = [], euler.spirals
+
+    def noted(count, seed):
+        drawn.append(spirals(count, seed))
+        return drawn[-1]
+
+    monkeypatch.setattr(euler, "spirals", noted)
+    settings = Euler(points=50, epochs=1, layers=1)
+    euler.train_on_spirals(settings, 3, learned=False)
+    (points, labels), (others, _) = drawn
+    assert points.shape == others.shape == (50, 2)
+    assert not np.isin(others, points).any()
+    assert 10 < labels.sum() < 40
 
 
 def filters_one_by_one(model, arrays):

@@ -212,7 +212,7 @@ SMALL = {"width": 0.0625, "epochs": 2, "batch_size": 256, "depth": 8, "vae_depth
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_the_loss_landscape(tmp_path):
     """The networks' own losses are in the middle of their surfaces and of their lines, and at their paths' ends."""
-    tables = run_experiment("landscape", tmp_path, **SMALL, points=3, images=20)
+    tables = run_experiment("landscape", tmp_path, **SMALL, points=3, images=20, reach=0.5)
     assert len(tables["surfaces"]) == 4 * 2 * 9
     for network in ("classifier", "VAE"):
         for kind in ("plain", "residual"):
@@ -220,6 +220,10 @@ def test_notebook_of_the_loss_landscape(tmp_path):
                 [row for row in tables[name] if (row["network"], row["kind"]) == (network, kind)]
                 for name in ("surfaces", "lines", "paths")
             )
+            assert [max(row["x"] for row in rows if row.get("plane") != "path") for rows in (surface, line)] == [
+                0.5,
+                0.5,
+            ]
             middle = [row["loss"] for row in surface if row["plane"] == "random" and row["x"] == row["y"] == 0]
             assert middle == [row["loss"] for row in line if row["x"] == 0]
             assert [row["epoch"] for row in path] == [0, 1, 2]

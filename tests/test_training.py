@@ -24,7 +24,7 @@ from conftest import TINY
 from keras import ops
 from matplotlib.image import imread
 
-from resnet_vae import Config, build_vae, checkpoints, load_data, load_run, train
+from resnet_vae import Config, build_vae, checkpoints, load_data, load_run, plots, train
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
 from resnet_vae.data import DataError, entropy_floor
@@ -174,6 +174,11 @@ def test_warm_ups_end_in_short_trainings():
         assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
 
 
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "copy")
+
+
 PROVENANCE = "provenance.json"
 
 
@@ -252,6 +257,17 @@ def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     recorded.unlink()
 
 
+def test_a_run_is_evaluated_on_images_of_another_shape(copied_run, tmp_path):
+    """Brought to its own; the labels of the files do not matter."""
+    large = RNG.integers(0, 256, (20, 32, 24, 3), "uint8")
+    np.savez(tmp_path / "large.npz", x_train=large, x_test=large[:12])
+    run, vae = load_run(copied_run)
+    result = evaluate_run(copied_run, str(tmp_path / "large.npz"))
+    small = load_data(Config(dataset=str(tmp_path / "large.npz"), image_shape=(16, 16, 1), validation="test")).test
+    assert (result["images"], result["data"], result["floor"]) == (12, "large.npz", entropy_floor(small))
+    assert result["loss"] == pytest.approx(evaluate(vae, small, run.config.batch_size)["loss"], rel=1e-5)
+
+
 def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
     config = Config(**TINY, outdir=str(finished_run), cmdline=True)
     before = {path: path.stat().st_mtime_ns for path in finished_run.iterdir()}
@@ -291,11 +307,6 @@ def test_a_package_that_is_missing_is_told_in_a_line(monkeypatch, capsys, tmp_pa
     assert capsys.readouterr().err == (
         f"error: {sys.executable} has no sklearn.datasets; make install, then source .venv/bin/activate\n"
     )
-
-
-@pytest.fixture
-def copied_run(finished_run, tmp_path):
-    return shutil.copytree(finished_run, tmp_path / "copy")
 
 
 def run_command(*words):
@@ -708,10 +719,88 @@ def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate"])
-def test_commands_draw_pictures(finished_run, tmp_path, command):
-    assert run_command(command, finished_run, "-o", tmp_path / "picture.png") == 0
+@pytest.mark.parametrize(
+    ("command", "picture"),
+    [("sample", "samples"), ("reconstruct", "reconstructions"), ("interpolate", "interpolations")],
+)
+def test_commands_draw_pictures(copied_run, tmp_path, command, picture, capsys):
+    """Where they are told to, or into the run; by default the same."""
+    assert run_command(command, copied_run, "-o", tmp_path / "picture.png") == 0
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert run_command(command, copied_run) == 0
+    drawn = copied_run / f"{picture}.png"
+    assert capsys.readouterr().out.split() == [str(tmp_path / "picture.png"), str(drawn)]
+    assert drawn.read_bytes() == (tmp_path / "picture.png").read_bytes()
+
+
+def test_runs_that_differ_are_told_and_so_is_ctrl_c(finished_run, copied_run, capsys, monkeypatch):
+    assert run_command("compare", finished_run, copied_run) == 0
+    history = copied_run / "history.csv"
+    history.write_text(history.read_text().replace("\n3,", "\n4,"))
+    assert run_command("compare", finished_run, copied_run) == 1
+    assert capsys.readouterr().out == "differences: 0\ndifferences: 1\nhistory epoch\n"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_vae.verify.differences", interrupted)
+    assert run_command("compare", finished_run, copied_run) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_pictures_show_what_they_are_called(finished_run, images, monkeypatch):
+    """Test images from first to last above their reconstructions, decoded noise, and lines that end at two images."""
+    run, vae = load_run(finished_run)
+    shown = []
+    monkeypatch.setattr(plots, "grid", lambda *args, **options: shown.append(args))
+    plots.reconstructions(run, vae, images)
+    plots.interpolations(run, vae, images, count=3, steps=5)
+    for _ in range(2):
+        plots.samples(run, vae)
+    (rows, columns, *_), (lines, steps, _), (first, _, title), (second, *_) = shown
+
+    def decoded(images):
+        return vae.decoder.predict(vae.encoder.predict(images, verbose=0)[0], verbose=0)
+
+    chosen = images[[0, 5, 10, 15, 20, 26, 31, 36, 41, 47]]
+    assert (columns, steps) == (10, 5)
+    np.testing.assert_allclose(rows[:10], chosen / 255)
+    np.testing.assert_allclose(rows[10:], decoded(chosen), atol=1e-5)
+    ends = images[[0, 9, 18, 28, 37, 47]]
+    np.testing.assert_allclose(lines[::5], decoded(ends[::2]), atol=1e-5)
+    np.testing.assert_allclose(lines[4::5], decoded(ends[1::2]), atol=1e-5)
+    means = vae.encoder.predict(ends, verbose=0)[0]
+    middle = vae.decoder.predict((means[::2] + means[1::2]) / 2, verbose=0)
+    np.testing.assert_allclose(lines[2::5], middle, atol=1e-5)
+    np.testing.assert_array_equal(first, second)
+    assert len(np.unique(first, axis=0)) == 64
+    assert title == "samples from the prior, depth 28, elbo"
+
+
+def test_a_runs_pictures_are_of_the_test_images(copied_run, monkeypatch):
+    """As it is trained, and as they are drawn anew."""
+    shown, test = [], load_data(Config(**TINY)).test
+    for name in ("reconstructions", "interpolations"):
+
+        def noted(run, vae, images):
+            shown.append(images)
+            return plots.curves(run)
+
+        monkeypatch.setattr(plots, name, noted)
+    assert run_command("train", *flags(**TINY, outdir=copied_run)) == 0
+    assert run_command("reconstruct", copied_run) == run_command("interpolate", copied_run) == 0
+    assert len(shown) == 4
+    assert all(np.array_equal(images, test) for images in shown)
+
+
+def test_a_grid_has_its_images_row_by_row():
+    images = RNG.integers(0, 256, (5, 8, 16, 3), "uint8")
+    for each in (images, images / 255):
+        (sheet,) = (drawn.get_array() for drawn in plots.grid(each, 3).axes[0].get_images())
+        assert sheet.shape == (8 + 1 + 8, 3 * 16 + 2, 3)
+        np.testing.assert_allclose(sheet[:8, 17:33], images[1] / 255)
+        np.testing.assert_allclose(sheet[9:, 17:33], images[4] / 255)
+        assert np.all(sheet[9:, 34:] == 1)
 
 
 def test_pictures_that_are_missing_are_drawn_by_the_same_command(copied_run):
