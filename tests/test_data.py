@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -506,6 +507,33 @@ def test_mnist_gets_a_border(monkeypatch, tmp_path):
     np.testing.assert_array_equal(data.train[:, 2:-2, 2:-2, 0], images)
     assert data.image_shape == (32, 32, 1)
     assert not data.train[:, :2].any()
+
+
+def test_the_small_cifar10_is_the_first_images_of_each_batch(tmp_path, monkeypatch, capsys):
+    """With its labels; what is not as recorded is told, and no file is left."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    import cifar10_subset
+
+    numbers = np.arange(60_000, dtype="uint32").reshape(-1, 1, 1, 1)
+    images = np.tile(numbers, (1, 8, 8, 1)).view("uint8").reshape(-1, 8, 32, 1)
+    parts = [(part, part[:, 0, 0].astype("int64") % 10) for part in (images[:50_000], images[50_000:])]
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: parts)
+    path = tmp_path / "data" / "small.npz"
+    monkeypatch.setattr(sys, "argv", ["cifar10_subset.py", str(path)])
+    assert cifar10_subset.main() == 2
+    assert re.match("error: these images are not those of the records .fingerprint", capsys.readouterr().err)
+    assert not list((tmp_path / "data").iterdir())
+    expected = np.concatenate([np.arange(start, start + 1017) for start in range(0, 60_000, 10_000)])
+    np.savez(tmp_path / "other.npz", xtr=images[expected[:5085]], xte=images[expected[5085:]])
+    monkeypatch.setattr(cifar10_subset, "FINGERPRINT", load(tmp_path / "other.npz", validation="test").fingerprint)
+    assert cifar10_subset.main() == 0
+    data = labelled(load(path, validation="test"))
+    for part, labels in zip((data.train, data.test), (data.labels[0], data.labels[2]), strict=True):
+        np.testing.assert_array_equal(labels, part[:, 0, 0, 0] % 10)
+    monkeypatch.setattr(sys, "argv", ["cifar10_subset.py", str(tmp_path / "small.png")])
+    assert cifar10_subset.main() == 2
+    assert "small.png is no name for the file; expected one that ends in .npz" in capsys.readouterr().err
 
 
 COLD_START = """
