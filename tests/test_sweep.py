@@ -234,10 +234,9 @@ def test_a_sweep_with_a_mistake_trains_nothing(stand_in):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number, code):
-    write_program(tmp_path / "python", STAND_IN + 'case "$*" in *train*) exec sleep 60 ;; esac\n')
+    write_program(tmp_path / "python", STAND_IN + 'case "$*" in *train*) echo $$ > pid; exec sleep 60 ;; esac\n')
     environ = {"REAL": sys.executable, "PYTHON": f"{tmp_path}/python", "RUNNER": "command", "FAILS": "finished:3"}
-    calls = tmp_path / "calls"
-    calls.touch()
+    calls, pid = tmp_path / "calls", tmp_path / "pid"
     with subprocess.Popen(
         [SCRIPTS / "run_all.sh", "sweep"],
         cwd=tmp_path,
@@ -246,10 +245,11 @@ def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background ignores
     ) as running:
-        while "train" not in calls.read_text() and running.poll() is None:
+        while not (pid.exists() and pid.read_text()) and running.poll() is None:
             time.sleep(0.05)
         running.send_signal(number)
         assert running.wait(20) == code
+        assert not Path("/proc", pid.read_text().strip()).exists()
         assert running.stderr.read() == "interrupted; the same command goes on\n"
     assert calls.read_text().count("train") == 1
 
