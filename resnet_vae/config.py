@@ -360,7 +360,8 @@ class Config(Settings):
     patience: int = Field(0, ge=0, description="stop after this many epochs without progress (0: never)")
     min_delta: float = Field(0.1, ge=0, description="fall of the validation loss, in nats, that counts as progress")
     precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
-        "auto", description="auto: mixed_bfloat16 where the device is faster in it, else float32; heads stay float32"
+        "auto",
+        description="auto: mixed_bfloat16 where the device is faster in it, else float32; outputs stay float32",
     )
     remat: bool = Field(
         False, description="recompute the inside of repeated blocks for the gradient: less memory, slower steps"

@@ -61,6 +61,17 @@ class Conv2DTranspose(layers.Conv2DTranspose):
         return self.activation(ops.cast(pointwise(x, matrix(self)), self.compute_dtype) + self.bias)
 
 
+@keras.saving.register_keras_serializable(PACKAGE)
+class Dense(layers.Dense):
+    """Keras's dense layer of vectors, with the product in the dtype of the input, as by `Conv2DTranspose`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "autocast": False})
+
+    def call(self, x):
+        return self.activation(ops.cast(ops.matmul(x, ops.cast(self.kernel, x.dtype)), self.compute_dtype) + self.bias)
+
+
 def stages(config, transpose=False):
     """The four stages of the encoder, or with `transpose` of the decoder, in their order.
 
@@ -162,7 +173,7 @@ def build_encoder(config, image_shape):
 
     def head(name, initializer, l2):
         regularizer = keras.regularizers.L2(l2) if l2 else None
-        return layers.Dense(
+        return Dense(
             config.latent_dim,
             kernel_initializer=initializer,
             kernel_regularizer=regularizer,

@@ -528,7 +528,7 @@ def test_a_network_that_cannot_be_built_leaves_keras_as_it_is(monkeypatch):
     assert keras.config.dtype_policy() is policy
 
 
-def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
+def test_precision_follows_the_processor_and_heads_give_float32(monkeypatch):
     def processor(vendor, flags):
         told = {"vendor_id": vendor, "flags": flags}
         monkeypatch.setattr("resnet_vae.devices._cpuinfo", lambda *names: told.get(names[0], ""))
@@ -560,6 +560,22 @@ def test_precision_follows_the_processor_and_heads_stay_float32(monkeypatch):
     assert {x.dtype for x in (mean, log_var, latent, vae.decoder(latent))} == {"float32"}
     assert vae.decoder.get_layer("stage2_block1").compute_dtype == "bfloat16"
     assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.parametrize("kind", ["Dense", "Conv2DTranspose"])
+def test_products_of_heads_and_image_are_in_the_dtype_of_their_input(kind):
+    """Against float64; bias and output are in float32."""
+    shape, more = ((4, 300), ()) if kind == "Dense" else ((4, 1, 1, 300), (1,))
+    layer, x = getattr(networks, kind)(5, *more, dtype="float32"), RNG.standard_normal(shape).astype("float32")
+    layer.build(shape)
+    for weight in layer.weights:
+        weight.assign(RNG.standard_normal(weight.shape))
+    kernel, bias = (to_numpy(weight) for weight in layer.weights)
+    expected = np.squeeze(x) @ (kernel if kind == "Dense" else kernel[0, 0].T) + bias
+    for dtype, least, most in (("float32", 0, 1e-6), ("bfloat16", 1e-4, 1e-2)):
+        y = layer(ops.cast(x, dtype))
+        assert keras.backend.standardize_dtype(y.dtype) == "float32"
+        assert least <= np.abs(np.squeeze(to_numpy(y)) - expected).max() / np.abs(expected).max() < most
 
 
 def test_other_blocks_in_the_vae(images, tmp_path):
