@@ -17,7 +17,8 @@ try:
     from resnet_vae.data import load_data
     from resnet_vae.records import whole
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate")
+    print(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)
 
 EACH, BATCH = 1017, 10_000
 FINGERPRINT = "e207a8f2a6c3d5a5b218eb7d80826006e84286a01539a40e2fa4b532f92ed225"  # as records have it
