@@ -15,7 +15,7 @@ SMALL_VAE = {
     "intermediate_dim": 128,
     "precision": "float32",
     "kl_warmup_steps": 0,
-    "initialization": "published",  # the same for plain and residual; the default starts residual blocks as the identity
+    "initialization": "published",  # for plain and residual alike; by default residual blocks start as the identity
 }
 
 
