@@ -205,7 +205,8 @@ def test_a_finished_run_is_recorded_whole(finished_run):
         "validation": 143,
         "test": 359,
     }
-    assert sum(row["seconds"] for row in run.history) == pytest.approx(told["seconds"], rel=0.05)
+    epochs = sum(row["seconds"] for row in run.history)
+    assert 0.8 * told["seconds"] < epochs <= 1.001 * told["seconds"]  # after the last one a checkpoint is written
     assert run.metrics["hours"] * 3600 == pytest.approx(told["seconds"])
     assert told["seconds_per_epoch"] == pytest.approx(told["seconds"] / 3)
     assert told["images_per_second"] == pytest.approx(3 * 20 * 64 / told["seconds"])
@@ -258,7 +259,7 @@ def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
 
 
 def test_a_run_is_evaluated_on_images_of_another_shape(copied_run, tmp_path):
-    """Brought to its own; the labels of the files do not matter."""
+    """Brought to its own; without labels."""
     large = RNG.integers(0, 256, (20, 32, 24, 3), "uint8")
     np.savez(tmp_path / "large.npz", x_train=large, x_test=large[:12])
     run, vae = load_run(copied_run)
