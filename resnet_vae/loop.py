@@ -6,6 +6,9 @@ import weakref
 import keras
 from keras import ops
 
+from resnet_vae.devices import computes_on_gpu
+
+UNROLLED = 8  # layers that JAX compiles one after the other on GPUs, where a loop's own arrays take a third of a step
 within_loop = contextvars.ContextVar("within_loop", default=False)  # whether what is called is a loop's function
 _shared = weakref.WeakValueDictionary()
 
@@ -53,13 +56,16 @@ def scan(function, x, stacks, outputs=(), remat=False):
         finally:
             within_loop.reset(token)
 
+    unrolled = 1
     if keras.backend.backend() == "jax":
         import jax
 
         step = jax.checkpoint(step, policy=None if remat else _is_kept, prevent_cse=False)  # a loop needs no such care
+        if computes_on_gpu() and not remat:  # unrolled, what is computed twice would be merged
+            unrolled = min(UNROLLED, stacks[0].shape[0])
     elif remat:
         step = keras.remat(step)
-    return ops.scan(step, x, stacks)
+    return ops.scan(step, x, stacks, unroll=unrolled)
 
 
 def _is_kept(primitive, *_, **__):

@@ -30,7 +30,7 @@ if nvidia-smi -L > /dev/null 2>&1; then
   # batches that divide the data, so that JAX compiles no other size; its search for matrix products makes none faster
   export WIDTH=${WIDTH:-1} BATCH_SIZE=${BATCH_SIZE:-250} AUGMENT=${AUGMENT:-flip} OBJECTIVE=${OBJECTIVE:-published}
   if [ "$KERAS_BACKEND" = jax ]; then export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"; fi
-  export DEPTHS=${DEPTHS:-28:36 40:30 70:14 100:10}
+  export DEPTHS=${DEPTHS:-28:32 40:32 70:32 100:32}
   export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled} # interrupted, it compiles once
   export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}

@@ -631,19 +631,14 @@ def test_the_other_order_of_axes_is_refused():
         keras.config.set_image_data_format("channels_last")
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
-def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
-    """Of each block its input and three outputs in bfloat16, besides vectors and kernels."""
+def _traced_gradient(loop, x):
+    """The gradient on JAX of a built loop's weights as a function of them, the weights, and the loops in its trace."""
     import jax
 
-    count, positions = 3, (4, 8, 8)
-    loop = Repeated(count, (8, 8, 32), dtype="mixed_bfloat16")
-    x = jax.numpy.asarray(RNG.standard_normal((*positions, 32)), "bfloat16")
-    loop.build(x.shape)
     moving = [variable.value for variable in loop.non_trainable_variables]
 
     def loss(weights):
-        return loop.stateless_call(weights, moving, x, training=True)[0].astype("float32").sum()
+        return (loop.stateless_call(weights, moving, x, training=True)[0].astype("float32") ** 2).sum()
 
     def loops(jaxpr):
         for equation in jaxpr.eqns:
@@ -652,12 +647,40 @@ def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
             for value in equation.params.values():
                 yield from loops(getattr(value, "jaxpr", value)) if hasattr(value, "eqns") else ()
 
-    traced = jax.make_jaxpr(jax.grad(loss))([variable.value for variable in loop.trainable_variables])
-    forward = next(equation for equation in loops(traced.jaxpr) if not equation.params["reverse"])
+    weights = [variable.value for variable in loop.trainable_variables]
+    return jax.grad(loss), weights, list(loops(jax.make_jaxpr(jax.grad(loss))(weights).jaxpr))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
+def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
+    """Of each block its input and three outputs in bfloat16, besides vectors and kernels."""
+    count, positions = 3, (4, 8, 8)
+    x = keras.ops.cast(RNG.standard_normal((*positions, 32)), "bfloat16")
+    loop = Repeated(count, (8, 8, 32), dtype="mixed_bfloat16")
+    loop.build(x.shape)
+    *_, loops = _traced_gradient(loop, x)
+    forward = next(equation for equation in loops if not equation.params["reverse"])
     size = count * np.prod(positions)
     kept = [variable.aval for variable in forward.outvars[1:] if variable.aval.size >= size]  # the first is the last x
     assert sorted(each.size // size for each in kept) == [8, 8, 32, 32]
     assert {each.dtype.name for each in kept} == {"bfloat16"}
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
+@pytest.mark.parametrize(("count", "remat", "expected"), [(3, False, 3), (10, False, 8), (3, True, 1)])
+def test_a_loop_on_gpus_is_unrolled(count, remat, expected, monkeypatch):
+    """Up to eight blocks at a time, with the same gradients; not where it rematerializes, which it would undo."""
+    x = RNG.standard_normal((2, 4, 4, 6)).astype("float32")
+    loop = Repeated(count, (2, 2, 6), remat=remat, gain=0.3)
+    loop.build(x.shape)
+    gradient, weights, loops = _traced_gradient(loop, x)
+    assert {each.params["unroll"] for each in loops} == {1}
+    as_loop = gradient(weights)
+    monkeypatch.setattr("resnet_vae.devices._gpus", lambda: [("a GPU", (9, 0))])
+    gradient, weights, loops = _traced_gradient(loop, x)
+    assert {each.params["unroll"] for each in loops} == {expected}
+    for unrolled, each in zip(gradient(weights), as_loop, strict=True):
+        np.testing.assert_allclose(unrolled, each, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's transformations")
