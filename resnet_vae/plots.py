@@ -12,6 +12,7 @@ from resnet_vae.records import PICTURES, whole
 from resnet_vae.results import POST, SHOWN, swept, told
 
 SAMPLES_SEED = 0
+LONG = 8  # epochs, of which the second half gets a panel of its own
 
 
 def grid(images, columns, title=None, row_labels=None, side=0.55):
@@ -116,20 +117,27 @@ def curves(run):
 
 
 def losses_by_epoch(runs):
-    """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid."""
+    """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid.
+
+    A training falls by hundreds of nats first and runs end a few apart: of long ones the second half stands beside.
+    """
+    longest = max(len(run.history) for run in runs)
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot()
+    whole, *late = figure.subplots(1, 2 if longest >= LONG else 1, squeeze=False)[0]
     marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
-    for number, run in enumerate(runs):
-        epochs = [row["epoch"] for row in run.history]
-        color = f"C{number % 10}"
-        label = ", ".join([describe(run), *_swept(run, runs)])
-        axes.plot(epochs, [row["val_loss"] for row in run.history], ".-", color=color, label=label)
-        axes.plot(epochs, [row["loss"] for row in run.history], f"{marker}--", color=color)
+    for axes in (whole, *late):
+        for number, run in enumerate(runs):
+            rows = run.history[len(run.history) // 2 :] if axes in late else run.history
+            epochs, color = [row["epoch"] for row in rows], f"C{number % 10}"
+            label = ", ".join([describe(run), *_swept(run, runs)])
+            axes.plot(epochs, [row["val_loss"] for row in rows], ".-", color=color, label=label)
+            axes.plot(epochs, [row["loss"] for row in rows], f"{marker}--", color=color)
+        axes.set(xlabel="epoch", ylabel="loss, nats per image")
+        whole_epochs(axes)
     training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
-    keep_in_sight(axes, training, validation, "validation")
-    axes.set(xlabel="epoch", ylabel="loss, nats per image")
-    whole_epochs(axes)
+    keep_in_sight(whole, training, validation, "validation")
+    for axes in late:
+        axes.set(title="each run's second half", ylabel="")
     _finish(figure, ".", marker)
     return figure
 
@@ -189,13 +197,14 @@ def _is_cifar10(run):
 
 def _finish(figure, validation, training):
     """The legend below a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
-    (axes,) = figure.axes
+    axes, *others = figure.axes
     axes.plot([], [], f"k{validation}-", label="validation")
     axes.plot([], [], f"k{training}--", label="training")
-    axes.grid(alpha=0.3)
+    for each in figure.axes:
+        each.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, labels)) < 50 else 1
-    figure.set_size_inches(7, 4 + 0.18 * -(-len(labels) // columns))
+    figure.set_size_inches(7 + 3 * len(others), 4 + 0.18 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 

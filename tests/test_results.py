@@ -98,6 +98,23 @@ def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     assert "depth 100, elbo, augment none, shortcut none" in labels
 
 
+def test_long_trainings_have_their_second_half_beside(tmp_path):
+    """Each its own, where differences of a few nats are to be seen."""
+    losses = {28: [2000.0, 1900.0, *range(1810, 1802, -1)], 100: [1990.0, 1880.0, 1815.0]}
+    runs = []
+    for depth, values in losses.items():
+        rows = [
+            {"epoch": float(epoch), **dict.fromkeys(FIGURES, value), **{f"val_{name}": value for name in FIGURES}}
+            for epoch, value in enumerate(values, 1)
+        ]
+        runs.append(Run(tmp_path, Config(resnet_depth=depth), rows, {}, {}))
+    whole, late = losses_by_epoch(runs).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in late.get_lines()}
+    assert drawn["depth 28, elbo"] == [[6, 1807], [7, 1806], [8, 1805], [9, 1804], [10, 1803]]
+    assert drawn["depth 100, elbo"] == [[2, 1880], [3, 1815]]
+    assert late.get_ylim()[1] < whole.get_ylim()[1] - 100
+
+
 def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_with(tmp_path):
     for depth in (100, 28):
         write_run(tmp_path / f"{depth}", depth, 1800.0 + depth, objective="published")
