@@ -94,7 +94,7 @@ def training_gflop(config):
 def matrix_speed(precision):
     """TFLOP/s in products of large matrices, which is about what the device can do at most.
 
-    Of matrices of 4096 rows, or of 8192, with which GPUs are faster, where a product of these takes little time.
+    Of 4096×4096, or, where these take little time, as on GPUs, of 8192×8192 if that is faster.
     """
     speed = _matrix_speed(precision, 4096)
     return max(speed, _matrix_speed(precision, 8192)) if speed > 20 else speed

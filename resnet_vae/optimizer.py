@@ -35,6 +35,18 @@ class AdamW(keras.optimizers.Adam):
         """What the time decay leaves of a rate by now."""
         return rate / (1.0 + self.decay * ops.cast(self.iterations, "float32")) if self.decay else rate
 
+    def current_rate(self):
+        """The rate of the next step, a float, of which the time decay is taken off.
+
+        On JAX nothing is compiled for it, as a schedule's condition would be anew at each call.
+        """
+        if keras.backend.backend() != "jax":
+            return float(ops.convert_to_numpy(self.decayed(self.learning_rate)))
+        import jax
+
+        with jax.disable_jit():
+            return float(self.decayed(self.learning_rate))
+
     def _scalars(self, learning_rate):
         """What is the same for all variables of a step: the rate, what decay leaves, and Adam's arguments."""
         step, rate = ops.cast(self.iterations, "float32"), self.decayed(ops.cast(learning_rate, "float32"))

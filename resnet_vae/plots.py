@@ -123,9 +123,9 @@ def losses_by_epoch(runs):
     """
     longest = max(len(run.history) for run in runs)
     figure = Figure(layout="constrained")
-    whole, *late = figure.subplots(1, 2 if longest >= LONG else 1, squeeze=False)[0]
+    first, *late = figure.subplots(1, 2 if longest >= LONG else 1, squeeze=False)[0]
     marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
-    for axes in (whole, *late):
+    for axes in (first, *late):
         for number, run in enumerate(runs):
             rows = run.history[len(run.history) // 2 :] if axes in late else run.history
             epochs, color = [row["epoch"] for row in rows], f"C{number % 10}"
@@ -135,7 +135,7 @@ def losses_by_epoch(runs):
         axes.set(xlabel="epoch", ylabel="loss, nats per image")
         whole_epochs(axes)
     training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
-    keep_in_sight(whole, training, validation, "validation")
+    keep_in_sight(first, training, validation, "validation")
     for axes in late:
         axes.set(title="each run's second half", ylabel="")
     _finish(figure, ".", marker)

@@ -362,8 +362,7 @@ class Training(keras.callbacks.Callback):
         self._clock()
         row = {"epoch": len(self.rows) + 1, **{name: self.figures[name] for name in FIGURES}}
         row |= {f"val_{name}": value for name, value in validation.items()}
-        optimizer = self.vae.optimizer
-        row["learning_rate"] = float(ops.convert_to_numpy(optimizer.decayed(optimizer.learning_rate)))
+        row["learning_rate"] = self.vae.optimizer.current_rate()
         row |= {"seconds": self.seconds - self.began, "rollbacks": self.rollbacks}
         if row["val_loss"] < min(self._losses(), default=math.inf):
             self.best_weights = self.vae.get_weights()

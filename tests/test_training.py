@@ -2,6 +2,7 @@ import csv
 import gc
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -665,6 +666,31 @@ def test_images_that_were_trained_on_do_not_stay_in_memory(tmp_path, monkeypatch
     gc.collect()
     assert len(made) >= 3  # to train with, to calibrate, to validate
     assert not any(batches() for batches in made)
+
+
+@pytest.mark.parametrize("step", [0, 3, 10, 40, 99])
+def test_the_current_rate_is_the_schedules(step):
+    """Less the time decay; on JAX it is told without compiling anything, after the first time."""
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, 90, warmup_target=0.5, warmup_steps=10)
+    optimizer = AdamW(schedule, decay=0.1)
+    expected = 0.5 * (step / 10 if step < 10 else (1 + math.cos(math.pi * (step - 10) / 90)) / 2) / (1 + 0.1 * step)
+    optimizer.iterations.assign(step)
+    assert optimizer.current_rate() == pytest.approx(expected, abs=1e-6)
+    if keras.backend.backend() != "jax":
+        return
+    import jax
+
+    compiled = []
+
+    def note(event, *_, **__):
+        compiled.extend([event] if "backend_compile" in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        optimizer.current_rate()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
 
 
 @pytest.mark.parametrize("seed", range(5))
