@@ -229,15 +229,24 @@ def test_gradients_in_float32_are_those_in_float64(kind):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"remat": True}, {"filters": (4, 6), "order": "pre", "learned_step": True}, {"shortcut": "none"}],
-    ids=["plain", "remat", "basic, pre, learned step", "no shortcut"],
+    ("options", "short"),
+    [
+        ({}, 8),
+        ({}, 0),
+        ({"remat": True}, 8),
+        ({"filters": (4, 6), "order": "pre", "learned_step": True}, 8),
+        ({"shortcut": "none"}, 0),
+    ],
+    ids=["plain", "plain, as a loop", "remat", "basic, pre, learned step", "no shortcut"],
 )
-def test_repeated_blocks_are_single_ones_in_a_row(options):
+def test_repeated_blocks_are_single_ones_in_a_row(options, short, monkeypatch):
     """Outputs in training and after, moving statistics and the steps of an optimizer; split and join.
 
     Of two rows of one shape, which may share all but their weights.
     """
+    if not options and not short and keras.backend.backend() != "jax":
+        pytest.skip("of JAX's short loops")
+    monkeypatch.setattr("resnet_vae.loop.SHORT", short)
     keras.utils.set_random_seed(3)
     image = keras.Input((4, 6, 6))
     loops = [Repeated(3, **{"filters": (3, 4, 6), "gain": 0.5, "momentum": 0.8, **options}) for _ in range(2)]
@@ -652,8 +661,9 @@ def _traced_gradient(loop, x):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
-def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
+def test_a_loop_keeps_for_the_gradient_what_convolutions_give(monkeypatch):
     """Of each block its input and three outputs in bfloat16, besides vectors and kernels."""
+    monkeypatch.setattr("resnet_vae.loop.SHORT", 0)
     count, positions = 3, (4, 8, 8)
     x = keras.ops.cast(RNG.standard_normal((*positions, 32)), "bfloat16")
     loop = Repeated(count, (8, 8, 32), dtype="mixed_bfloat16")
@@ -667,20 +677,21 @@ def test_a_loop_keeps_for_the_gradient_what_convolutions_give():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
-@pytest.mark.parametrize(("count", "remat", "expected"), [(3, False, 3), (10, False, 8), (3, True, 1)])
-def test_a_loop_on_gpus_is_unrolled(count, remat, expected, monkeypatch):
-    """Up to eight blocks at a time, with the same gradients; not where it rematerializes, which it would undo."""
+@pytest.mark.parametrize(("count", "remat", "unrolled"), [(3, False, 3), (9, False, 1), (3, True, 1)])
+def test_a_short_loop_is_none(count, remat, unrolled, monkeypatch):
+    """With the same gradients; except where it rematerializes, which the compiler would undo."""
     x = RNG.standard_normal((2, 4, 4, 6)).astype("float32")
     loop = Repeated(count, (2, 2, 6), remat=remat, gain=0.3)
     loop.build(x.shape)
     gradient, weights, loops = _traced_gradient(loop, x)
-    assert {each.params["unroll"] for each in loops} == {1}
-    as_loop = gradient(weights)
-    monkeypatch.setattr("resnet_vae.devices._gpus", lambda: [("a GPU", (9, 0))])
-    gradient, weights, loops = _traced_gradient(loop, x)
-    assert {each.params["unroll"] for each in loops} == {expected}
-    for unrolled, each in zip(gradient(weights), as_loop, strict=True):
-        np.testing.assert_allclose(unrolled, each, rtol=1e-3, atol=1e-4)
+    assert {each.params["unroll"] for each in loops} == {unrolled}
+    if unrolled > 1:
+        in_a_row = gradient(weights)
+        monkeypatch.setattr("resnet_vae.loop.SHORT", 0)
+        gradient, weights, loops = _traced_gradient(loop, x)
+        assert {each.params["unroll"] for each in loops} == {1}
+        for one, other in zip(in_a_row, gradient(weights), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's transformations")
