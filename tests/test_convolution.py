@@ -1,6 +1,7 @@
 """Convolutions, and above all their gradients, against those of the backend."""
 
 import re
+from functools import partial
 
 import keras
 import numpy as np
@@ -58,6 +59,20 @@ def gradients(function, dtype, arrays):
     return [tf.cast(value, "float64").numpy() for value in (y, *tape.gradient(loss, sources))]
 
 
+def ours(x, kernel, strides):
+    return enlarge(x, kernel, strides) if strides else convolve(x, kernel)
+
+
+def theirs(x, kernel, strides):
+    """The same by TensorFlow's own operations."""
+    if not strides:
+        return keras.ops.conv(x, kernel, padding="same")
+    height, width = (side * stride for side, stride in zip(x.shape[1:3], strides, strict=True))
+    first = kernel.shape[0] // 2
+    y = keras.ops.conv_transpose(x, kernel, strides, padding="valid")
+    return y[:, first : first + height, first : first + width]
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
 @pytest.mark.parametrize(
     ("side", "strides"),
@@ -69,38 +84,35 @@ def test_convolutions_for_onednn(side, strides, narrow, monkeypatch):
     monkeypatch.setattr(convolution, "_is_for_onednn", lambda x: True)
     monkeypatch.setattr(convolution, "_is_narrow", lambda x: narrow)
     x, kernel = RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((side, side, 5, 6))
-    if strides:
-        kernel = kernel.swapaxes(2, 3)
-        height, width = (length * stride for length, stride in zip(x.shape[1:3], strides, strict=True))
-        first = side // 2
-
-        def theirs(x, kernel):
-            y = keras.ops.conv_transpose(x, kernel, strides, padding="valid")
-            return y[:, first : first + height, first : first + width]
-
-        def ours(x, kernel):
-            return enlarge(x, kernel, strides)
-    else:
-        ours, theirs = convolve, lambda x, kernel: keras.ops.conv(x, kernel, padding="same")
-    for value, expected in zip(*(gradients(kind, "float64", (x, kernel)) for kind in (ours, theirs)), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+    kernel = kernel.swapaxes(2, 3) if strides else kernel
+    values, expected = (gradients(partial(kind, strides=strides), "float64", (x, kernel)) for kind in (ours, theirs))
+    for value, exact in zip(values, expected, strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
 @pytest.mark.parametrize("strides", [None, (2, 2)])
 def test_gradients_in_bfloat16_where_images_are_narrow(strides, monkeypatch):
-    """They are taken as products, and within a hundredth of those in double precision."""
+    """They are taken as products, and within a hundredth of those in double precision.
+
+    So are the output and the gradient of the images where TensorFlow's own are, to which these are left: on processors
+    without bfloat16 they may be a little beyond.
+    """
     import tensorflow as tf
 
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])  # as on a machine without a GPU
     products, kernel_gradient = [], convolution._kernel_gradient
     monkeypatch.setattr(convolution, "_kernel_gradient", lambda *args: products.append(1) or kernel_gradient(*args))
     x, kernel = RNG.standard_normal((8, 4, 4, 64)), RNG.standard_normal((3, 3, 64, 64))
+    exact = gradients(partial(ours, strides=strides), "float64", (x, kernel))
+    assert not products
 
-    def function(x, kernel):
-        return enlarge(x, kernel, strides) if strides else convolve(x, kernel)
+    def errors(function):
+        values = gradients(partial(function, strides=strides), "bfloat16", (x, kernel))
+        return [np.linalg.norm(v - e) / np.linalg.norm(e) for v, e in zip(values, exact, strict=True)]
 
-    exact, rounded = (gradients(function, dtype, (x, kernel)) for dtype in ("float64", "bfloat16"))
+    (output, of_images, of_kernel), (their_output, their_images, _) = errors(ours), errors(theirs)
     assert products == [1]
-    for value, expected in zip(rounded, exact, strict=True):
-        assert np.square(value - expected).mean() < 0.01**2 * np.square(expected).mean()
+    assert of_kernel < 0.01
+    assert output < max(0.01, 1.05 * their_output)
+    assert of_images < max(0.01, 1.05 * their_images)
