@@ -5,6 +5,7 @@ import importlib
 import io
 import math
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -148,8 +149,13 @@ def _parameters(config):
 
     from resnet_vae.vae import build_vae, count_parameters
 
-    with keras.StatelessScope(initialize_variables=False):  # makes no weights, which is what takes time
-        return count_parameters(build_vae(config))
+    def count():
+        with keras.StatelessScope(initialize_variables=False):  # makes no weights, which is what takes time
+            return count_parameters(build_vae(config))
+
+    # In a thread of its own, with which Keras's list of weights that are yet to be made ends.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(count).result()
 
 
 def _picture(path, figure):

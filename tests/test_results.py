@@ -1,19 +1,21 @@
 """The table from run folders alone, without a backend."""
 
 import errno
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread, imsave
 
-from resnet_vae import Config
+from resnet_vae import Config, vae
 from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
@@ -434,6 +436,21 @@ def test_verify_tells_of_each_folder(tmp_path):
     assert first.startswith(f"error: {folders[0]} holds no record; expected")
     assert second.startswith(f"error: {folders[1]}/record.json cannot be read")
     assert (done.returncode, done.stdout) == (1, f"as recorded: {folders[2]}\n")
+
+
+def test_verify_leaves_no_networks_behind(monkeypatch):
+    """Keras would draw the weights of those that it counts at the next opportunity, and keep them."""
+    built, build = [], vae.build_vae
+
+    def watched(config):
+        model = build(config)
+        built.append(weakref.ref(model.weights[0]))
+        return model
+
+    monkeypatch.setattr("resnet_vae.vae.build_vae", watched)
+    assert verify(RESULTS / "calm") == []
+    gc.collect()
+    assert [network() is None for network in built] == [True, True]
 
 
 def test_the_readmes_table_is_a_recorded_one():
