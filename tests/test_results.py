@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread, imsave
 
-from resnet_vae import Config, vae
+from resnet_vae import Config
 from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
@@ -440,10 +440,12 @@ def test_verify_tells_of_each_folder(tmp_path):
 
 def test_verify_leaves_no_networks_behind(monkeypatch):
     """Keras would draw the weights of those that it counts at the next opportunity, and keep them."""
-    built, build = [], vae.build_vae
+    from resnet_vae.vae import build_vae
+
+    built = []
 
     def watched(config):
-        model = build(config)
+        model = build_vae(config)
         built.append(weakref.ref(model.weights[0]))
         return model
 

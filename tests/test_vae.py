@@ -413,7 +413,6 @@ def test_fit_lowers_the_loss(saved):
 
 LOAD = """
 import sys
-import textwrap
 from types import SimpleNamespace
 {imports}
 import numpy as np
