@@ -1,4 +1,4 @@
-"""What computes here: the processor, the backend's devices, and which precision is fast on them."""
+"""What computes here: the processor, the backend's devices, which precision is fast on them; keeping their memory."""
 
 import ctypes
 import platform
