@@ -14,7 +14,16 @@ import keras
 from keras import layers, ops
 
 from resnet_vae.config import PACKAGE
-from resnet_vae.convolution import convolve, convolved_constant, enlarge, every, matrix, pointwise, spread
+from resnet_vae.convolution import (
+    convolve,
+    convolve_transposed,
+    convolved_constant,
+    enlarge,
+    every,
+    matrix,
+    pointwise,
+    spread,
+)
 from resnet_vae.initialization import another, compiled_once
 from resnet_vae.loop import scan, traced_once
 from resnet_vae.normalization import BatchNormalization, fold, sparse
@@ -252,9 +261,9 @@ class ResidualBlock(layers.Layer):
         signal, constant = sparse(self.convolutions[0], self.normalizations[0], x, training)
         constant = ops.cast(constant, x.dtype)
         height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
-        kernel = ops.convert_to_tensor(self.convolutions[1].kernel)
+        kernel = ops.cast(self.convolutions[1].kernel, x.dtype)
         y = ops.relu(signal + constant) - ops.relu(constant)
-        y = enlarge(y, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), self.strides)
+        y = enlarge(y, kernel, self.strides)
         return y + convolved_constant(ops.relu(constant), kernel, height, width)
 
     def compute_output_shape(self, input_shape):
@@ -297,7 +306,7 @@ def _without_bias(convolution, x):
         x = pointwise(read, matrix(convolution))
         return spread(x, strides) if transposed else x
     if transposed:
-        return ops.conv_transpose(x, kernel, strides, padding="same")
+        return convolve_transposed(x, kernel, strides)
     return ops.conv(x, kernel, strides, padding="same") if strided else convolve(x, kernel)
 
 
