@@ -13,6 +13,22 @@ from resnet_vae.convolution import convolution_for_loops, convolve, convolve_tra
 RNG = np.random.default_rng(0)
 
 
+def transposed(x, kernel, strides, convolve=convolve_transposed):
+    return convolve(x, keras.ops.transpose(kernel, (0, 1, 3, 2)), strides)
+
+
+PAIRS = {  # ours, and the same by the backend's own operations: of x, a kernel (k, k, channels, filters) and strides
+    "same": (
+        lambda x, kernel, strides: convolve(x, kernel),
+        lambda x, kernel, strides: keras.ops.conv(x, kernel, padding="same"),
+    ),
+    "enlarged": (enlarge, lambda x, kernel, strides: keras.ops.conv(spread(x, strides), kernel, padding="same")),
+    "transposed": (transposed, partial(transposed, convolve=partial(keras.ops.conv_transpose, padding="same"))),
+}
+ENLARGED = [("enlarged", *case) for case in [(3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))]]
+TRANSPOSED = [("transposed", *case) for case in [(3, (2, 2)), (5, (2, 3)), (4, (2, 1)), (2, (2, 2))]]
+
+
 @pytest.mark.skipif(convolution_for_loops() is None, reason="of JAX on CPUs")
 def test_gradients_of_a_convolution_in_a_loop():
     """They are those of Keras's convolution, and compiled to convolutions in the one layout that XLA has fast."""
@@ -35,32 +51,30 @@ def test_gradients_of_a_convolution_in_a_loop():
 
 
 @pytest.mark.skipif(convolution_for_loops() is None, reason="of JAX on CPUs")
-@pytest.mark.parametrize(("side", "strides"), [(3, (2, 2)), (3, (1, 2)), (5, (2, 3)), (4, (2, 1)), (2, (2, 2))])
-def test_gradients_of_transposed_convolutions_on_xla(side, strides):
-    """They are those of Keras, and compiled to convolutions that XLA has fast: its own take up to 50 times as long."""
+@pytest.mark.parametrize(("pair", "side", "strides"), ENLARGED + TRANSPOSED)
+def test_convolutions_of_spread_images_on_xla(pair, side, strides):
+    """They and their gradients are Keras's, and compiled to convolutions that XLA has fast, which Keras's are not."""
     import jax
 
     def compiled(function):
         def loss(x, kernel):
-            y = function(x, kernel)
-            return (y * np.cos(np.arange(y.size)).reshape(y.shape)).sum()
+            y = function(x, kernel, strides)
+            return (y * np.cos(np.arange(y.size)).reshape(y.shape)).sum(), y
 
-        return jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile()
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(x, kernel).compile()
+
+    def slow(computation):
+        convolutions = re.findall(r" convolution\(.*", computation.as_text())
+        assert convolutions
+        return any("dim_labels=b01f_01io->b01f" not in line or "_dilate=" in line for line in convolutions)
 
     x, kernel = RNG.standard_normal((16, 6, 4, 32)), RNG.standard_normal((side, side, 32, 32))
     x, kernel = x.astype("float32"), kernel.astype("float32")
-    pairs = [(partial(convolve_transposed, strides=strides), partial(keras.ops.conv_transpose, strides=strides))]
-    pairs[0][1].keywords["padding"] = "same"
-    if 2 * max(strides) <= side + 1:
-        pairs.append((partial(enlarge, strides=strides), partial(theirs, strides=strides)))
-    for function, expected in pairs:
-        np.testing.assert_allclose(function(x, kernel), expected(x, kernel), rtol=1e-4, atol=1e-3)
-        ours = compiled(function)
-        for gradient, exact in zip(ours(x, kernel), compiled(expected)(x, kernel), strict=True):
-            np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
-        convolutions = re.findall(r" convolution\(.*", ours.as_text())
-        assert convolutions
-        assert all("dim_labels=b01f_01io->b01f" in line and "_dilate=" not in line for line in convolutions)
+    ours, theirs = map(compiled, PAIRS[pair])
+    for value, exact in zip(jax.tree.leaves(ours(x, kernel)), jax.tree.leaves(theirs(x, kernel)), strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
+    assert not slow(ours)
+    assert slow(theirs) or pair == "enlarged"
 
 
 @pytest.mark.parametrize("strides", [(1, 2), (2, 1), (3, 2), (1, 1), (4, 5)])
@@ -88,35 +102,23 @@ def gradients(function, dtype, arrays):
     return [tf.cast(value, "float64").numpy() for value in (y, *tape.gradient(loss, sources))]
 
 
-def ours(x, kernel, strides):
-    return enlarge(x, kernel, strides) if strides else convolve(x, kernel)
-
-
-def theirs(x, kernel, strides):
-    """The same by the backend's own operations."""
-    return keras.ops.conv(spread(x, strides) if strides else x, kernel, padding="same")
-
-
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
-@pytest.mark.parametrize(
-    ("side", "strides"),
-    [(3, None), (5, None), (4, None), (3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))],
-)
+@pytest.mark.parametrize(("pair", "side", "strides"), [*(("same", side, None) for side in (3, 5, 4)), *ENLARGED])
 @pytest.mark.parametrize("narrow", [True, False])
-def test_convolutions_for_onednn(side, strides, narrow, monkeypatch):
+def test_convolutions_for_onednn(pair, side, strides, narrow, monkeypatch):
     """In float64, where they are not used, they and their gradients are TensorFlow's own but for rounding errors."""
     monkeypatch.setattr(convolution, "_is_for_onednn", lambda x: True)
     monkeypatch.setattr(convolution, "_is_narrow", lambda x: narrow)
     x, kernel = RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((side, side, 5, 6))
-    values, expected = (gradients(partial(kind, strides=strides), "float64", (x, kernel)) for kind in (ours, theirs))
+    values, expected = (gradients(partial(kind, strides=strides), "float64", (x, kernel)) for kind in PAIRS[pair])
     for value, exact in zip(values, expected, strict=True):
         np.testing.assert_allclose(value, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
-@pytest.mark.parametrize("strides", [None, (2, 2)])
-def test_gradients_in_bfloat16_where_images_are_narrow(strides, monkeypatch):
-    """They are taken as products, and within a hundredth of those in double precision.
+@pytest.mark.parametrize("pair", ["same", "enlarged"])
+def test_bfloat16_where_images_are_narrow(pair, monkeypatch):
+    """Gradients of kernels are taken as products, and within a hundredth of those in double precision.
 
     So are the output and the gradient of the images where TensorFlow's own are, to which these are left: on processors
     without bfloat16 they may be a little beyond.
@@ -127,11 +129,12 @@ def test_gradients_in_bfloat16_where_images_are_narrow(strides, monkeypatch):
     products, kernel_gradient = [], convolution._kernel_gradient
     monkeypatch.setattr(convolution, "_kernel_gradient", lambda *args: products.append(1) or kernel_gradient(*args))
     x, kernel = RNG.standard_normal((8, 4, 4, 64)), RNG.standard_normal((3, 3, 64, 64))
-    exact = gradients(partial(ours, strides=strides), "float64", (x, kernel))
+    ours, theirs = (partial(kind, strides=(2, 2)) for kind in PAIRS[pair])
+    exact = gradients(ours, "float64", (x, kernel))
     assert not products
 
     def errors(function):
-        values = gradients(partial(function, strides=strides), "bfloat16", (x, kernel))
+        values = gradients(function, "bfloat16", (x, kernel))
         return [np.linalg.norm(v - e) / np.linalg.norm(e) for v, e in zip(values, exact, strict=True)]
 
     (output, of_images, of_kernel), (their_output, their_images, _) = errors(ours), errors(theirs)
