@@ -175,7 +175,7 @@ class ResidualBlock(layers.Layer):
         bottleneck = self.order == "post" and len(self.filters) == 3
         gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an enlarged image that conv2 never fills
         known = None not in x.shape[1:3]
-        precise = self.variable_dtype != "float16"  # statistics would be of another dtype than the weights
+        precise = self.variable_dtype in ("float32", "float64")  # as statistics are
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
             x = ops.cast(x, self.compute_dtype)  # Keras leaves whole numbers as they are
         return (self.fast if bottleneck and known and precise and not gaps else self.plain)(x, training)
