@@ -172,11 +172,21 @@ class VAE(_Model):
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built
 
-    def call(self, images, training=False):
+    def terms(self, images, training=False):
+        """The objective's two terms for each image, and what they are of.
+
+        Returns:
+            KL and reconstruction, (batch,) each, in nats; and the logits of the output, (batch, height, width,
+            channels). The loss is the mean of reconstruction + beta × KL.
+        """
         images = scale(images)
         mean, log_var = (ops.cast(x, "float32") for x in self.encoder(images, training=training))
         logits = self._logits()(self.sampler(mean, log_var, training=training), training=training)
-        for term in (kl_divergence(mean, log_var), reconstruction_loss(images, logits)):
+        return kl_divergence(mean, log_var), reconstruction_loss(images, logits), logits
+
+    def call(self, images, training=False):
+        *terms, logits = self.terms(images, training)
+        for term in terms:
             self.add_loss(ops.mean(term))  # compute_loss reads them: the first of self.losses
         return ops.sigmoid(logits)
 

@@ -14,7 +14,15 @@ from resnet_vae.data import Data
 from resnet_vae.experiments import degradation, euler, gradients, landscape, transfer
 from resnet_vae.experiments.chain import ACTIVATIONS, Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
-from resnet_vae.experiments.networks import adam, batches, build_network, compile_network, load_labelled, train_each
+from resnet_vae.experiments.networks import (
+    adam,
+    batches,
+    build_network,
+    compile_network,
+    inputs,
+    load_labelled,
+    train_each,
+)
 from resnet_vae.experiments.settings import NETWORKS, Euler, Trained
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
@@ -288,6 +296,26 @@ def test_a_surface_has_the_evaluated_loss_in_the_middle_and_leaves_the_weights(t
         landscape.surface(tiny_vae, fail, first, second, [1.0], [1.0])
     for weight, value in zip(tiny_vae.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, value)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_loss_is_that_of_a_training_step_and_leaves_the_network_as_it_is(network):
+    """With the batch's statistics, whatever the moving averages are, and noise that is the same each time."""
+    settings = Trained(image_shape="8x8x1", width=0.125)
+    data = load_labelled(settings)
+    model = build_network(settings, network, "plain", {"classifier": 8, "VAE": 28}[network], data)
+    for variable in model.non_trainable_variables:
+        if "moving" in variable.name:
+            variable.assign(100.0 + keras.ops.zeros(variable.shape))
+    few = inputs(network, data.train[:20], data.labels[0][:20])
+    before = [keras.ops.convert_to_numpy(variable) for variable in model.variables]
+    loss = landscape.training_loss(model, *few)
+    told = [loss(), loss()]
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+    compile_network(network, model, adam(settings))
+    assert told == pytest.approx(2 * [float(model.train_on_batch(*few, return_dict=True)["loss"])], rel=1e-5)
+    assert told[0] == told[1]
 
 
 def test_the_plane_of_a_path_is_that_of_its_largest_scatter():

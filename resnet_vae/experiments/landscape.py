@@ -2,7 +2,9 @@
 
 The method of "Visualizing the Loss Landscape of Neural Nets" (https://arxiv.org/abs/1712.09913): random directions
 whose filters are as long as the network's own, so that networks can be compared whatever the scale of their weights;
-biases and the parameters of normalisations stay as they are. For the classifier and the VAE, plain and residual.
+biases and the parameters of normalisations stay as they are. The loss is that of training, in which a normalisation
+takes the batch's statistics: the moving averages are those of other weights once the kernels are moved, and a loss with
+them would show how far off they are. For the classifier and the VAE, plain and residual.
 """
 
 import keras
@@ -11,6 +13,7 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from resnet_vae.devices import worth_compiling
 from resnet_vae.experiments.networks import (
     LOSSES,
     adam,
@@ -22,6 +25,7 @@ from resnet_vae.experiments.networks import (
 )
 from resnet_vae.experiments.record import write_experiment
 from resnet_vae.experiments.settings import NETWORKS
+from resnet_vae.vae import VAE
 
 COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # kinds, and their colours
 
@@ -79,6 +83,45 @@ def surface(model, loss, first, second, xs, ys):
     return losses
 
 
+class TrainingLoss(keras.Model):
+    """What training minimises of a classifier or a VAE: [images, labels] or images → a loss an image, (batch,).
+
+    As in training normalisations take the statistics of the batch, which also moves their averages.
+    """
+
+    def __init__(self, model, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_jit = worth_compiling()
+        self.model, self.built = model, True
+
+    def call(self, inputs):
+        if isinstance(self.model, VAE):
+            kl, reconstruction, _ = self.model.terms(inputs, training=True)
+            return reconstruction + self.model.beta * kl
+        images, labels = inputs
+        return keras.losses.sparse_categorical_crossentropy(labels, self.model(images, training=True))
+
+
+def training_loss(model, *few):
+    """A function that tells a model's `TrainingLoss`, the mean over few images, and leaves the model as it is.
+
+    The noise of a VAE is the same each time.
+    """
+    computed = TrainingLoss(model)
+    variables = model.non_trainable_variables  # noise and moving averages
+    before = [ops.convert_to_numpy(variable) for variable in variables]
+
+    def loss():
+        try:
+            losses = computed.predict(few if len(few) > 1 else few[0], batch_size=len(few[0]), verbose=0)
+        finally:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
+        return float(np.mean(losses, dtype="float64"))
+
+    return loss
+
+
 def principal_plane(positions):
     """The plane through the last position in which most of a path lies.
 
@@ -115,11 +158,7 @@ def train(settings, network, kind, data):
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
     model.fit(*batches(settings, network, images, labels), callbacks=[remember], **options)
     few = inputs(network, images[: settings.images], labels[: settings.images])
-
-    def loss():
-        return model.evaluate(*few, batch_size=settings.images, verbose=0, return_dict=True)["loss"]
-
-    return model, loss, positions
+    return model, training_loss(model, *few), positions
 
 
 def measure(settings):
