@@ -243,7 +243,7 @@ def test_spirals_are_learned_from_some_points_and_told_by_others(monkeypatch):
 
     monkeypatch.setattr(euler, "spirals", noted)
     settings = Euler(points=50, epochs=1, layers=1)
-    euler.train_on_spirals(settings, 3, learned=False)
+    euler.train_on_spirals(settings, 3, "fixed", 1.0)
     (points, labels), (others, _) = drawn
     assert points.shape == others.shape == (50, 2)
     assert not np.isin(others, points).any()

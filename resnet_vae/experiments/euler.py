@@ -2,8 +2,11 @@
 
 Two questions: how fast the network comes near the differential equation's solution as τ falls (order 1 is what the
 method promises), and whether it helps to learn τ, a number a layer, by gradient descent, as "Neural ordinary
-differential equations" (https://arxiv.org/abs/1806.07366) and its forerunners suggest.
+differential equations" (https://arxiv.org/abs/1806.07366) and its forerunners suggest. As steps that are learned may
+help by being longer alone, there is a third network, whose τ is fixed at the mean of the learned ones.
 """
+
+import textwrap
 
 import keras
 import numpy as np
@@ -13,6 +16,8 @@ from matplotlib.figure import Figure
 from resnet_vae.config import PACKAGE
 from resnet_vae.experiments.chain import Chain
 from resnet_vae.experiments.record import write_experiment
+
+STEPS = ("fixed", "learned", "fixed at the learned mean")  # kinds of τ; the first two start at one over the layers
 
 
 def field(width, seed=0):
@@ -96,13 +101,13 @@ def spirals(count, seed):
     return (points + rng.standard_normal((count, 2)) * 0.02).astype("float32"), label.astype("float32")
 
 
-def train_on_spirals(settings, seed, learned):
-    """Train one network of Euler steps; a row: the seed, whether τ was learned, its mean, loss and accuracy."""
+def train_on_spirals(settings, seed, kind, step):
+    """Train one network of Euler steps; a row: the seed, which of STEPS, the mean τ in the end, loss and accuracy."""
     keras.utils.set_random_seed(seed)
     point = keras.Input((2,))
     y = point
     for _ in range(settings.layers):
-        y = EulerStep(settings.width, 1 / settings.layers, learned)(y)
+        y = EulerStep(settings.width, step, learned=kind == "learned")(y)
     model = keras.Model(point, layers.Dense(1, activation="sigmoid")(y))
     model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy"])
     model.fit(*spirals(settings.points, seed), batch_size=50, epochs=settings.epochs, verbose=0)
@@ -110,7 +115,7 @@ def train_on_spirals(settings, seed, learned):
     steps = [float(ops.convert_to_numpy(each.tau)) for each in model.layers if isinstance(each, EulerStep)]
     return {
         "seed": seed,
-        "tau": "learned" if learned else "fixed",
+        "tau": kind,
         "mean_tau": float(np.mean(steps)),
         "loss": float(loss),
         "accuracy": float(accuracy),
@@ -123,9 +128,12 @@ def run(settings):
     while counts[-1] * 2 <= settings.finest:
         counts.append(counts[-1] * 2)
     rows = convergence(counts, settings.width)
-    trained = [
-        train_on_spirals(settings, seed, learned) for seed in range(settings.repetitions) for learned in (False, True)
-    ]
+    trained = []
+    for seed in range(settings.repetitions):
+        step = 1 / settings.layers
+        for kind in STEPS:
+            trained.append(train_on_spirals(settings, seed, kind, step))
+            step = trained[-1]["mean_tau"]  # of fixed ones still the same
     tables = {"euler": rows, "spirals": trained}
     return write_experiment(settings, tables, figures)
 
@@ -136,7 +144,7 @@ def figures(tables):
 
 
 def draw(rows, trained):
-    """Left: error against layers, with a line of order 1. Right: test loss of each seed, τ fixed and learned."""
+    """Left: error against layers, with a line of order 1. Right: test loss by the kind of τ, of each seed."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     counts, errors = [row["layers"] for row in rows], [row["error"] for row in rows]
@@ -146,13 +154,13 @@ def draw(rows, trained):
     left.set_xticks(counts, [str(count) for count in counts])
     left.minorticks_off()
     left.legend(frameon=False)
-    kinds = ("fixed", "learned")
-    for seed in sorted({row["seed"] for row in trained}):
-        pair = {row["tau"]: row["loss"] for row in trained if row["seed"] == seed}
-        right.plot(kinds, [pair[kind] for kind in kinds], "o-", color="gray", alpha=0.7)
-    means = [np.mean([row["loss"] for row in trained if row["tau"] == kind]) for kind in kinds]
-    right.plot(kinds, means, "D-", color="tab:blue", label="mean")
-    right.set(xlabel="step τ", ylabel="test loss, nats per point", title="two spirals, one line per seed")
-    right.set_xlim(-0.4, 1.4)
+    losses = [[row["loss"] for row in trained if row["tau"] == kind] for kind in STEPS]
+    taus = [np.mean([row["mean_tau"] for row in trained if row["tau"] == kind]) for kind in STEPS]
+    names = [f"{textwrap.fill(kind, 14)}\n(mean {tau:.3g})" for kind, tau in zip(STEPS, taus, strict=True)]
+    for number, pairs in enumerate(zip(*losses, strict=True)):
+        right.plot(names, pairs, "o-", color="gray", alpha=0.7, label=None if number else "a seed")
+    right.plot(names, [np.mean(each) for each in losses], "D-", color="tab:blue", label="mean of the seeds")
+    right.set(xlabel="step τ", ylabel="test loss, nats per point", title="two spirals", yscale="log")
+    right.set_xlim(-0.4, len(STEPS) - 0.6)
     right.legend(frameon=False)
     return figure
