@@ -14,8 +14,9 @@ def take_over(target, source):
     """Copy a trained network's weights into one that was built for other images or other labels.
 
     The first layer's kernels may have another number of channels: theirs are then the mean over the source's channels,
-    scaled so that a picture whose channels are all equal gives what it gave before. The last layer, where it has
-    another number of classes, keeps the weights it has.
+    scaled so that a picture whose channels are all equal gives what it gave before. A decoder's last layer may, too:
+    all channels of its logits are then the mean of the source's. The last layer of a classifier, where it has another
+    number of classes, keeps the weights it has.
 
     Args:
         target: a classifier, an encoder or a decoder.
@@ -41,10 +42,14 @@ def take_over(target, source):
         value = ops.convert_to_numpy(theirs)
         if ours.shape != theirs.shape:
             changed.append(ours.path)
+            layer = ours.path.split("/")[-2]
             if len(ours.shape) == 4 and (ours.shape[2], theirs.shape[2]) == channels:
                 value = (value.sum(2, keepdims=True) / channels[0]).repeat(channels[0], axis=2)
-            elif ours.path.split("/")[-2] == target.layers[-1].name:
+            elif layer == target.layers[-1].name:
                 value = ops.convert_to_numpy(ours)
+            elif layer == "image":  # a decoder's last, with a kernel (1, 1, channels, filters)
+                axis = 2 if len(ours.shape) == 4 else 0
+                value = value.mean(axis, keepdims=True).repeat(ours.shape[axis], axis)
             if ours.shape != value.shape:
                 raise ValueError(
                     f"{ours.path} has shape {tuple(ours.shape)} in {target.name} and {tuple(theirs.shape)} in "

@@ -80,6 +80,17 @@ def test_other_channels_keep_what_grey_pictures_give(network, channels):
         np.testing.assert_allclose(three, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [(1, 3), (3, 1)])
+def test_a_decoder_of_other_channels_has_the_mean_of_the_logits_in_all_of_them(channels):
+    source, target = (build_vae(Config(**TINY), (8, 8, count)).decoder for count in channels)
+    disturb(source)
+    assert {path.split("/")[-2] for path in take_over(target, source)} == {"image"}
+    latents = RNG.standard_normal((5, *source.input_shape[1:])).astype("float32")
+    before, after = (model.predict(latents, verbose=0).astype("float64") for model in (source, target))
+    logits = np.log(before / (1 - before)).mean(-1, keepdims=True)
+    np.testing.assert_allclose(after, np.broadcast_to(1 / (1 + np.exp(-logits)), after.shape), rtol=1e-4)
+
+
 def test_other_classes_leave_the_last_layer_and_nothing_else():
     source, target = disturb(classifier()), classifier(classes=5)
     kept = target.layers[-1].get_weights()
