@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 except KeyboardInterrupt:
     sys.exit(130)
 
-PICTURES = (".png", ".pdf")
+SUFFIXES = (".png", ".pdf")  # of pictures
 DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
 
 
@@ -140,8 +140,8 @@ def _draw_run(folder, data):
 
 def _check_picture(path):
     """Refuse a picture's path before the picture is made."""
-    if path.suffix.lower() not in PICTURES:
-        raise UserError(f"{path} is no name for a picture; expected one that ends in {' or '.join(PICTURES)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path} is no name for a picture; expected one that ends in {' or '.join(SUFFIXES)}")
     os.scandir(path.parent).close()  # an OSError where there is no such folder
 
 

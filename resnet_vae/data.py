@@ -331,6 +331,8 @@ def _class_numbers(name, parts):
             )
         given.append(labels if labels.dtype.kind == "U" else labels.astype("int64"))  # -1 is no unsigned number
     first = given[0]
+    if len({labels.dtype.kind for labels in given}) > 1:
+        raise DataError(f"{name}: training labels are {first.dtype}, test labels {given[-1].dtype}; expected one kind")
     if first.dtype.kind == "U":  # names
         classes, strange = tuple(np.unique(first).tolist()), sorted(set(given[-1]) - set(first))
         if strange:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from resnet_vae.config import DATASETS
 from resnet_vae.records import PICTURES, whole
 from resnet_vae.results import POST, SHOWN, swept, told
 
@@ -57,7 +58,7 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
     return figure
 
 
-def spread(images, count):
+def evenly(images, count):
     """Choose images evenly over an array, since folders hold them by class; fewer where there are fewer."""
     return images[np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)]
 
@@ -78,7 +79,7 @@ def samples(run, vae, count=64):
 
 def reconstructions(run, vae, images, count=10):
     """Draw uint8 images above their reconstructions from the posterior's mean."""
-    images = spread(images, count)
+    images = evenly(images, count)
     mean, _ = _predict(vae.encoder, images)
     (decoded,) = _predict(vae.decoder, mean)
     rows = np.concatenate([images / 255, decoded])
@@ -90,7 +91,7 @@ def interpolations(run, vae, images, count=6, steps=10):
 
     A single image is paired with itself.
     """
-    pairs = spread(images, 2 * min(count, len(images) // 2)) if len(images) > 1 else np.concatenate([images, images])
+    pairs = evenly(images, 2 * min(count, len(images) // 2)) if len(images) > 1 else np.concatenate([images, images])
     mean, _ = _predict(vae.encoder, pairs)
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
@@ -192,7 +193,8 @@ def losses_by_depth(runs):
 
 
 def _is_cifar10(run):
-    return bool(re.search("cifar10(?!0)", run.provenance["data"]["name"].lower().replace("-", "")))
+    name = run.provenance["data"]["name"].lower().replace("-", "")
+    return bool(re.search("cifar10(?!0)", name)) and run.config.image_shape == DATASETS["cifar10"]
 
 
 def _finish(figure, validation, training):

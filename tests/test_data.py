@@ -178,6 +178,10 @@ def test_the_fingerprint_is_of_all_images_whatever_the_seed(tmp_path):
         ({"y_train": np.arange(20) * 2}, "training labels run to 38, but 19 of these classes have no images"),
         ({"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8), "y_test": np.array([0, 3])}, "run from 0 to 3"),
         ({"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8)}, "has no labels"),
+        (
+            {"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8), "y_test": np.array(["0", "1"])},
+            "training labels are int64, test labels <U1; expected one kind",
+        ),
     ],
 )
 def test_labels_that_cannot_be_used_are_told_only_to_who_needs_them(tmp_path, labels, told):

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 def write_run(folder, depth, loss, name="cifar10", **settings):
     """A run folder as training writes it, with made-up figures."""
     folder.mkdir(parents=True)
-    config = Config(resnet_depth=depth, image_shape=(32, 32, 3), **settings)
+    config = Config(**{"resnet_depth": depth, "image_shape": (32, 32, 3), **settings})
     figures = {"loss": loss, "reconstruction": loss - 40, "kl": 40.0, "penalty": 0.0}
     files = {
         "config.json": {"values": config.model_dump(mode="json"), "origins": config.origins},
@@ -266,12 +266,17 @@ def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tm
     for number, (name, width, depth) in enumerate((w, x, d) for w in ["cifar100"] for x in (0.5, 1) for d in (28, 40)):
         write_run(tmp_path / "sweep" / str(number), depth, 1800.0, name, width=width, objective="published")
     write_run(tmp_path / "other" / "a", 28, 1800.0, "cifar10-jpeg", objective="published")
+    write_run(tmp_path / "resized" / "a", 28, 480.0, objective="published", image_shape=(16, 16, 3))
     labels = []
-    for sweep in ("sweep", "other"):
+    for sweep in ("sweep", "other", "resized"):
         (axes,) = of_sweep(read_sweep(tmp_path / sweep))["losses_by_depth"].axes
         labels.append([text for text in axes.get_legend_handles_labels()[1] if text not in ("validation", "training")])
     meaning = "the post's objective: no bound"
-    assert labels == [[f"{meaning}, width 0.5", f"{meaning}, width 1.0"], [meaning, "the post's own figures"]]
+    assert labels == [
+        [f"{meaning}, width 0.5", f"{meaning}, width 1.0"],
+        [meaning, "the post's own figures"],
+        [meaning],
+    ]
 
 
 @pytest.mark.parametrize(("depths", "named"), [((28, 28), True), ((28, 40), False)])
