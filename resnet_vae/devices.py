@@ -91,7 +91,7 @@ def keep_memory():
 
 
 def precision(config):
-    """The dtype policy that a configuration asks for; "auto" is told by what computes here.
+    """The dtype policy that a configuration asks for; "auto" depends on what computes here.
 
     mixed_bfloat16 on GPUs that have it (NVIDIA's since compute capability 8.0) and, except on JAX, on processors that
     compute faster in it; on others it is emulated, several times slower than float32.

@@ -143,7 +143,7 @@ def without_progress(losses, patience, min_delta=0.0):
 
 
 class Training(keras.callbacks.Callback):
-    """One run's training, which may be stopped at any step and goes on from its checkpoint as the same training.
+    """One run's training, which may be stopped at any step and resumes from its checkpoint with the same results.
 
     As a callback it looks after `fit` and `evaluate`: a loss that is not finite or a signal stops them, and now and
     then they wait for a checkpoint.
@@ -279,7 +279,7 @@ class Training(keras.callbacks.Callback):
             self._look_up()
 
     def _check_loss(self):
-        """Wait for the last step's loss, which must be a number."""
+        """Wait for the mean loss of the epoch's steps so far, which must be a number: one that is not stays in it."""
         if self.loss is None:
             return
         loss, self.loss = float(self.loss), None
@@ -384,7 +384,7 @@ class Training(keras.callbacks.Callback):
 
 
 def identity(config, data):
-    """What must be equal for a checkpoint to be gone on from: recipe, data, code, libraries, precision."""
+    """What must match for a checkpoint to be resumed: recipe, data, code, libraries, precision."""
     code = hashlib.sha256()
     for name in MODULES:
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())

@@ -90,7 +90,7 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     model = getattr(model, "encoder", model)
     outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
     features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
-    for layer in features.layers:  # TensorFlow does not pass on what the whole model is set to already
+    for layer in features.layers:  # not `features` as a whole: TensorFlow skips an attribute set to what it is
         layer.trainable = not frozen
     images = keras.Input(features.input_shape[1:], name="image")
     x = features(images)
