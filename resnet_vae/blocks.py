@@ -1,4 +1,4 @@
-"""Residual blocks: bottleneck and basic, reducing and enlarging, with the activation after the addition or before.
+"""Residual blocks: bottleneck and basic, downsampling and upsampling, with the activation after the addition or before.
 
 The blocks of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), figure 5, and of
 "Identity Mappings in Deep Residual Networks" (https://arxiv.org/abs/1603.05027), figure 1. A block is one Keras layer,
@@ -17,12 +17,12 @@ from resnet_vae.config import PACKAGE
 from resnet_vae.convolution import (
     convolve,
     convolve_transposed,
+    convolve_upsampled,
     convolved_constant,
-    enlarge,
     every,
+    insert_zeros,
     matrix,
     pointwise,
-    spread,
 )
 from resnet_vae.initialization import another, compiled_once
 from resnet_vae.loop import scan, traced_once
@@ -48,10 +48,10 @@ class ResidualBlock(layers.Layer):
             (1×1, k×k, 1×1), two a basic one (k×k, k×k).
         kernel_size: k, or (k, k).
         strides: of the first convolution and of the shortcut, (rows, columns), or one number for both.
-        transpose: enlarge by the strides instead of reducing: the first convolution is a transposed one.
+        transpose: upsample by the strides instead of downsampling: the first convolution is a transposed one.
         shortcut: "identity": x itself, whose shape must then be the output's. "projection": a 1×1 convolution with the
             strides (with order post, normalised). "pool": averages over the strides, then a 1×1 convolution without
-            them; enlarging, the 1×1 convolution, then each position repeated. "pad": every stride-th position, or each
+            them; upsampling, the 1×1 convolution, then each position repeated. "pad": every stride-th position, or each
             one repeated, and channels of zeros added, or the last ones dropped. "none": no shortcut, a plain network.
         order: "post" or "pre".
         learned_step: F(x) is multiplied with a trained number that starts at 1.
@@ -173,7 +173,7 @@ class ResidualBlock(layers.Layer):
 
     def call(self, x, training=None):
         bottleneck = self.order == "post" and len(self.filters) == 3
-        gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an enlarged image that conv2 never fills
+        gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an upsampled image that conv2 never fills
         known = None not in x.shape[1:3]
         precise = self.variable_dtype in ("float32", "float64")  # as statistics are
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
@@ -202,17 +202,17 @@ class ResidualBlock(layers.Layer):
 
     def _skip(self, x, training):
         """What the shortcut makes of x."""
-        kind, enlarges = self.shortcut_kind, self.transpose and self.strides != (1, 1)
-        reduces = not self.transpose and self.strides != (1, 1)
-        if kind == "pool" and reduces:
+        kind, upsamples = self.shortcut_kind, self.transpose and self.strides != (1, 1)
+        downsamples = not self.transpose and self.strides != (1, 1)
+        if kind == "pool" and downsamples:
             x = ops.average_pool(x, self.strides, self.strides, padding="same")
-        if kind == "pad" and reduces:
+        if kind == "pad" and downsamples:
             x = every(x, self.strides)
         if self.shortcut is not None:
             x = _convolve(self.shortcut, x)
         if self.shortcut_bn is not None:
             x = self.shortcut_bn(x, training=training)
-        if kind in ("pool", "pad") and enlarges:
+        if kind in ("pool", "pad") and upsamples:
             x = ops.repeat(ops.repeat(x, self.strides[0], axis=1), self.strides[1], axis=2)
         if kind == "pad":
             missing = self.filters[-1] - x.shape[-1]
@@ -226,9 +226,9 @@ class ResidualBlock(layers.Layer):
         a narrow input, it is folded into the kernel. A strided 1×1 is computed only at the positions that it reads, a
         transposed one only where its output depends on the input; see `resnet_vae.normalization`.
         """
-        enlarges, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
-        if enlarges:
-            y = self._enlarged(x, training)
+        upsamples, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
+        if upsamples:
+            y = self._upsampled(x, training)
         else:
             read = every(x, self.strides)
             y = pointwise(read, matrix(self.convolutions[0]))
@@ -236,9 +236,9 @@ class ResidualBlock(layers.Layer):
             y = _without_bias(self.convolutions[1], ops.relu(y))
         y = ops.relu(self.normalizations[1].biased(y, self.convolutions[1].bias, training))
         shifts = []
-        if enlarges and projects:
+        if upsamples and projects:
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
-            x, shifts = spread(x, self.strides), [constant]
+            x, shifts = insert_zeros(x, self.strides), [constant]
         elif projects:
             x, shifts = _normalized(self.shortcut, self.shortcut_bn, read, training)
         elif self.shortcut_kind != "none":
@@ -252,7 +252,7 @@ class ResidualBlock(layers.Layer):
         y = y if self.shortcut_kind == "none" else y + x
         return ops.relu(ops.add(y, ops.cast(sum(shifts), y.dtype)) if shifts else y)
 
-    def _enlarged(self, x, training):
+    def _upsampled(self, x, training):
         """conv2's output without its bias, for a strided transposed conv1.
 
         Less a constant a channel, the image that conv2 sees is zero except at the positions of x: so conv2 of it is a
@@ -263,7 +263,7 @@ class ResidualBlock(layers.Layer):
         height, width = (side * stride for side, stride in zip(x.shape[1:3], self.strides, strict=True))
         kernel = ops.cast(self.convolutions[1].kernel, x.dtype)
         y = ops.relu(signal + constant) - ops.relu(constant)
-        y = enlarge(y, kernel, self.strides)
+        y = convolve_upsampled(y, kernel, self.strides)
         return y + convolved_constant(ops.relu(constant), kernel, height, width)
 
     def compute_output_shape(self, input_shape):
@@ -304,7 +304,7 @@ def _without_bias(convolution, x):
     if strided and convolution.kernel_size == (1, 1) and not (transposed and None in x.shape[1:3]):
         read = x if transposed else every(x, strides)
         x = pointwise(read, matrix(convolution))
-        return spread(x, strides) if transposed else x
+        return insert_zeros(x, strides) if transposed else x
     if transposed:
         return convolve_transposed(x, kernel, strides)
     return ops.conv(x, kernel, strides, padding="same") if strided else convolve(x, kernel)
@@ -480,7 +480,7 @@ def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpos
         kernel_size: k, of a bottleneck block's middle convolution or of both of a basic block's.
         filters: of the convolutions: three for a bottleneck block, two for a basic one.
         strides: of the first convolution and of the shortcut.
-        transpose: enlarge by the strides instead of reducing.
+        transpose: upsample by the strides instead of downsampling.
         **options: further ones of `ResidualBlock`, shortcut among them.
 
     Returns:

@@ -26,7 +26,7 @@ def convolve(x, kernel, bias, stride=1):
 
 
 def convolve_transposed(x, kernel, bias, stride):
-    """A transposed convolution, "same": each position adds its multiple of the kernel to an enlarged image."""
+    """A transposed convolution, "same": each position adds its multiple of the kernel to an upsampled image."""
     (batch, height, width, _), side = x.shape, kernel.shape[0]
     cut = max(side - stride, 0) // 2
     out = np.zeros((batch, (height + 1) * stride + side, (width + 1) * stride + side, kernel.shape[2]))

@@ -141,7 +141,7 @@ def test_any_image_size_and_every_shortcut(shortcut):
 
 
 def test_a_small_fully_convolutional_classifier_learns_at_any_size():
-    """Five reducing blocks without shortcuts, an average, a dense layer: trained at one size, then at another."""
+    """Five downsampling blocks without shortcuts, an average, a dense layer: trained at one size, then at another."""
     x = images = keras.Input((None, None, 1))
     for filters in (16, 32, 64, 128, 256):
         x = conv_block(x, 3, (filters, filters), shortcut="none", momentum=0.9)

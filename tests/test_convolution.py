@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from resnet_vae import convolution
-from resnet_vae.convolution import convolution_for_loops, convolve, convolve_transposed, enlarge, every, spread
+from resnet_vae.convolution import (
+    convolution_for_loops,
+    convolve,
+    convolve_transposed,
+    convolve_upsampled,
+    every,
+    insert_zeros,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -31,10 +38,13 @@ PAIRS = {  # ours, and the same by the backend's own operations: of x, a kernel 
         lambda x, kernel, strides: convolve(x, kernel),
         lambda x, kernel, strides: keras.ops.conv(x, kernel, padding="same"),
     ),
-    "enlarged": (enlarge, lambda x, kernel, strides: keras.ops.conv(spread(x, strides), kernel, padding="same")),
+    "upsampled": (
+        convolve_upsampled,
+        lambda x, kernel, strides: keras.ops.conv(insert_zeros(x, strides), kernel, padding="same"),
+    ),
     "transposed": (transposed, partial(transposed, convolve=partial(keras.ops.conv_transpose, padding="same"))),
 }
-ENLARGED = [("enlarged", *case) for case in [(3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))]]
+UPSAMPLED = [("upsampled", *case) for case in [(3, (2, 2)), (3, (1, 2)), (5, (2, 2)), (5, (3, 1)), (4, (2, 1))]]
 TRANSPOSED = [("transposed", *case) for case in [(3, (2, 2)), (5, (2, 3)), (4, (2, 1)), (2, (2, 2))]]
 
 
@@ -60,7 +70,7 @@ def test_gradients_of_a_convolution_in_a_loop():
 
 
 @pytest.mark.skipif(not on_xla(), reason="of JAX on CPUs; `make test-jax` runs it")
-@pytest.mark.parametrize(("pair", "side", "strides"), ENLARGED + TRANSPOSED)
+@pytest.mark.parametrize(("pair", "side", "strides"), UPSAMPLED + TRANSPOSED)
 def test_convolutions_of_spread_images_on_xla(pair, side, strides):
     """They and their gradients are Keras's, and compiled to convolutions that XLA has fast, which Keras's are not."""
     import jax
@@ -83,7 +93,7 @@ def test_convolutions_of_spread_images_on_xla(pair, side, strides):
     for value, exact in zip(jax.tree.leaves(ours(x, kernel)), jax.tree.leaves(theirs(x, kernel)), strict=True):
         np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-5 * np.abs(exact).max())
     assert not slow(ours)
-    assert slow(theirs) or pair == "enlarged"
+    assert slow(theirs) or pair == "upsampled"
 
 
 @pytest.mark.parametrize("strides", [(1, 2), (2, 1), (3, 2), (1, 1), (4, 5)])
@@ -93,7 +103,7 @@ def test_every_position_of_a_stride(strides):
     rows, columns = strides
     read = keras.ops.convert_to_numpy(every(x, strides))
     np.testing.assert_array_equal(read, x[:, ::rows, ::columns])
-    placed = keras.ops.convert_to_numpy(spread(x, strides))
+    placed = keras.ops.convert_to_numpy(insert_zeros(x, strides))
     assert placed.shape == (2, 6 * rows, 8 * columns, 3)
     np.testing.assert_array_equal(placed[:, ::rows, ::columns], x)
     assert np.count_nonzero(placed) == x.size
@@ -112,7 +122,7 @@ def gradients(function, dtype, arrays):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
-@pytest.mark.parametrize(("pair", "side", "strides"), [*(("same", side, None) for side in (3, 5, 4)), *ENLARGED])
+@pytest.mark.parametrize(("pair", "side", "strides"), [*(("same", side, None) for side in (3, 5, 4)), *UPSAMPLED])
 @pytest.mark.parametrize("narrow", [True, False])
 def test_convolutions_for_onednn(pair, side, strides, narrow, monkeypatch):
     """In float64, where they are not used, they and their gradients are TensorFlow's own but for rounding errors."""
@@ -125,7 +135,7 @@ def test_convolutions_for_onednn(pair, side, strides, narrow, monkeypatch):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
-@pytest.mark.parametrize("pair", ["same", "enlarged"])
+@pytest.mark.parametrize("pair", ["same", "upsampled"])
 def test_bfloat16_where_images_are_narrow(pair, monkeypatch):
     """Gradients of kernels are taken as products, and within a hundredth of those in double precision.
 
