@@ -397,7 +397,7 @@ def identity(config, data):
         "backend": backend,
         "keras_version": versions["keras"],
         "backend_version": versions[backend],
-        "precision": precision(config),
+        "dtype_policy": precision(config),  # what PRECISION=auto is here
     }
 
 

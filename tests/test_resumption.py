@@ -149,8 +149,9 @@ def test_a_signal_before_the_first_step_is_done_is_told_in_a_line(tmp_path, mish
 
 
 def test_a_killed_training_with_loops_is_the_undisturbed_one(tmp_path):
-    """As above, with what the small networks lack: blocks in loops, dropout, changes to images, calibration."""
+    """As above, with what the small networks lack: loops, dropout, augmentation, precision as it suits."""
     settings = {"resnet_depth": 46, "dropout": 0.5, "augment": "shift", "order": "pre", "remat": 1, "epochs": 2}
+    settings["precision"] = "auto"
     done = train_in_a_process(tmp_path / "run", KILLED_INSIDE_THE_40TH_SAVE, **settings)
     assert done.returncode == -signal.SIGKILL, done.stderr
     for run in ("run", "undisturbed"):
