@@ -209,7 +209,11 @@ class ResidualBlock(layers.Layer):
         if kind == "pad" and downsamples:
             x = every(x, self.strides)
         if self.shortcut is not None:
-            x = _convolve(self.shortcut, x)
+            x = _without_bias(self.shortcut, x)
+            if self.shortcut.use_bias:
+                # Its gradient is a sum, and not the operation of the last convolution's bias with the same input: of
+                # two of these TensorFlow computes one, in some processes the other, together with a kernel's gradient.
+                x = x + ops.reshape(ops.cast(self.shortcut.bias, x.dtype), (1, 1, 1, -1))
         if self.shortcut_bn is not None:
             x = self.shortcut_bn(x, training=training)
         if kind in ("pool", "pad") and upsamples:

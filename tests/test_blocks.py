@@ -721,3 +721,25 @@ def test_second_derivatives_on_jax(kind):
 
     fast, plain = product(block.fast), product(block.plain)
     np.testing.assert_allclose(fast, plain, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's operations")
+@pytest.mark.parametrize("order", ["post", "pre"])
+@pytest.mark.parametrize("filters", [(4, 4, 8), (4, 8)])
+@pytest.mark.parametrize("shortcut", ["projection", "pool"])
+def test_no_two_biases_have_the_same_operation_for_their_gradient(order, filters, shortcut):
+    """TensorFlow joins one of them with a kernel's gradient, which of them differs from one process to the next."""
+    import tensorflow as tf
+
+    block = ResidualBlock(filters, strides=2, shortcut=shortcut, order=order)
+    block.build((None, 8, 8, 4))
+
+    @tf.function
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(block(x, training=True)))
+        return tape.gradient(loss, block.trainable_variables)
+
+    operations = gradients.get_concrete_function(tf.zeros((2, 8, 8, 4))).graph.get_operations()
+    inputs = [operation.inputs[0].name for operation in operations if operation.type == "BiasAddGrad"]
+    assert len(set(inputs)) == len(inputs)
