@@ -119,12 +119,34 @@ class _Calibration(_Model):
                 variable.assign(value)
 
 
+def _agree(first, second):
+    """Whether two shapes are the same as far as their numbers are known."""
+    known = [(one, other) for one, other in zip(first, second, strict=False) if None not in (one, other)]
+    return len(first) == len(second) and all(one == other for one, other in known)
+
+
+def _check_shape(images, expected):
+    """Refuse another shape than (batch, *expected), where its numbers are known: the loss would broadcast it."""
+    given = tuple(images.shape[1:])
+    if not _agree(given, expected):
+        told = ", ".join("any" if size is None else str(size) for size in expected)
+        hint = "; images[..., None] have a channel" if len(given) == 2 and len(expected) == 3 else ""
+        raise ValueError(f"images of shape {tuple(images.shape)}; expected (batch, {told}){hint}")
+
+
 def _check_levels(images):
-    """Refuse an array of floats that are no images in [0, 1], of which the loss would be without a meaning."""
-    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size:
-        low, high = images.min(), images.max()
-        if not (low >= 0 and high <= 1):  # also when not finite
-            raise ValueError(f"images run from {low:g} to {high:g}; expected floats in [0, 1], or grey levels as uint8")
+    """Refuse numbers that are no images, of which the loss would be without a meaning."""
+    kind = keras.backend.standardize_dtype(images.dtype)
+    low, high = images.min(), images.max()
+    if "int" in kind and high == 1 and len(images) > 1:
+        raise ValueError(
+            f"{kind} images run from {low} to 1; expected grey levels 0 to 255, or for black and white floats or bools"
+        )
+    limit = 255 if "int" in kind else 1
+    if not (low >= 0 and high <= limit):  # also when not finite
+        raise ValueError(
+            f"{kind} images run from {low:g} to {high:g}; expected floats in [0, 1], or grey levels 0 to 255 as uint8"
+        )
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -149,13 +171,17 @@ class VAE(_Model):
             (https://arxiv.org/abs/1602.02282).
 
     Raises:
-        ValueError: an unknown objective; by `fit`, `evaluate` and `predict`, an array of floats beyond [0, 1].
+        ValueError: an unknown objective; a decoder of other images; images of another shape than the encoder's. Of an
+            array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0, 255] or 0 and 1 alone.
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
         super().__init__(**kwargs)
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        shapes = [getattr(encoder, "input_shape", None), getattr(decoder, "output_shape", None)]
+        if all(isinstance(shape, tuple) for shape in shapes) and not _agree(*shapes):
+            raise ValueError(f"the encoder takes images of shape {shapes[0][1:]}, the decoder makes {shapes[1][1:]}")
         self.supports_jit = worth_compiling()
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
@@ -179,9 +205,11 @@ class VAE(_Model):
             KL and reconstruction, (batch,) each, in nats; and the logits of the output, (batch, height, width,
             channels). The loss is the mean of reconstruction + beta × KL.
         """
+        self._check_input(images)
         images = scale(images)
         mean, log_var = (ops.cast(x, "float32") for x in self.encoder(images, training=training))
         logits = self._logits()(self.sampler(mean, log_var, training=training), training=training)
+        _check_shape(images, logits.shape[1:])
         return kl_divergence(mean, log_var), reconstruction_loss(images, logits), logits
 
     def call(self, images, training=False):
@@ -211,17 +239,39 @@ class VAE(_Model):
             figures["loss"] = figures["reconstruction"] + self.beta * figures["kl"]
         return figures
 
+    def _check(self, images):
+        """Refuse an array or a tensor that are no images for this network, before Keras begins."""
+        if isinstance(images, np.ndarray) or ops.is_tensor(images):
+            self._check_input(images)
+            images = ops.convert_to_numpy(images)
+            if not len(images):
+                raise ValueError("there are no images; expected one or more")
+            _check_levels(images)
+
+    def _check_input(self, images):
+        shape = getattr(self.encoder, "input_shape", None)  # of a functional encoder
+        if isinstance(shape, tuple):
+            _check_shape(images, shape[1:])
+
     def fit(self, x=None, *args, **kwargs):
-        _check_levels(x)
+        self._check(x)
         return super().fit(x, *args, **kwargs)
 
+    def train_on_batch(self, x, *args, **kwargs):
+        self._check(x)
+        return super().train_on_batch(x, *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        self._check(x)
+        return super().test_on_batch(x, *args, **kwargs)
+
     def evaluate(self, x=None, *args, **kwargs):
-        _check_levels(x)
+        self._check(x)
         self.sampler.restart_evaluation()
         return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        _check_levels(x)
+        self._check(x)
         self.sampler.restart_evaluation()
         return super().predict(x, *args, **kwargs)
 
@@ -237,7 +287,11 @@ class VAE(_Model):
         Args:
             x: images, as for `predict`, in random order: a batch of one class has other moments. At least one batch.
             **kwargs: of `predict`, such as batch_size and steps.
+
+        Raises:
+            ValueError: as by `predict`.
         """
+        self._check(x)
         averages = [
             (average, layer.momentum)
             for layer in self._flatten_layers()
