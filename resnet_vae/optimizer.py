@@ -24,13 +24,13 @@ class AdamW(keras.optimizers.Adam):
     """
 
     def __init__(self, learning_rate=0.001, weight_decay=0.004, decay=0.0, **kwargs):
-        super().__init__(learning_rate, **kwargs)
-        self.decoupled_decay, self.decay = weight_decay, decay
+        super().__init__(learning_rate, weight_decay=weight_decay, **kwargs)
+        self.decay, self._of_the_step = decay, None  # within `apply` a dict: what is the same for all variables
 
     def apply(self, grads, trainable_variables=None):
-        self._of_the_step = None
+        self._of_the_step = {}
         super().apply(grads, trainable_variables)
-        del self._of_the_step
+        self._of_the_step = None
 
     def decayed(self, rate):
         """What the time decay leaves of a rate by now."""
@@ -58,20 +58,25 @@ class AdamW(keras.optimizers.Adam):
             "beta2": ops.convert_to_tensor(self.beta_2, "float32"),
             "epsilon": ops.convert_to_tensor(self.epsilon, "float32"),
         }
-        return rate, 1.0 - self.decoupled_decay * rate, adam
+        return rate, 1.0 - (self.weight_decay or 0.0) * rate, adam
+
+    def _apply_weight_decay(self, variables):
+        """Keras's, which would be a second one to that of `update_step`."""
 
     def update_step(self, gradient, variable, learning_rate):
-        if self._of_the_step is None:
-            self._of_the_step = self._scalars(learning_rate)
-        rate, kept, adam = self._of_the_step
-        if self.decoupled_decay and self._use_weight_decay(variable):
+        known = {} if self._of_the_step is None else self._of_the_step
+        if not known:
+            known["scalars"] = self._scalars(learning_rate)
+        rate, kept, adam = known["scalars"]
+        if self.weight_decay and self._use_weight_decay(variable):
             self.assign(variable, variable * ops.cast(kept, variable.dtype))
         if keras.backend.backend() != "tensorflow":
             super().update_step(gradient, variable, rate)
             return
         import tensorflow as tf
 
-        if self.amsgrad or variable.dtype != "float32" or isinstance(gradient, tf.IndexedSlices):
+        plain = variable.dtype == "float32" and not self.amsgrad and not isinstance(gradient, tf.IndexedSlices)
+        if not plain or tf.distribute.has_strategy():
             super().update_step(gradient, variable, rate)
             return
         # The same update as one operation a variable: a pass over the memory instead of ten, and a shorter trace.
@@ -97,7 +102,7 @@ class AdamW(keras.optimizers.Adam):
         return [long[number] if number in long else grad * share for number, grad in enumerate(grads)]
 
     def get_config(self):
-        return {**super().get_config(), "weight_decay": self.decoupled_decay, "decay": self.decay}
+        return {**super().get_config(), "decay": self.decay}
 
 
 def prepare(optimizer, model):

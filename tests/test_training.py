@@ -114,7 +114,7 @@ def test_adamw_with_decay_is_the_formula():
         np.testing.assert_allclose(ops.convert_to_numpy(variable), expected[part], rtol=1e-5)
     assert float(ops.convert_to_numpy(optimizer.decayed(rate))) == pytest.approx(rate / (1 + 5 * decay))
     same = AdamW.from_config(optimizer.get_config())
-    assert (same.decay, same.decoupled_decay) == (decay, wd)
+    assert (same.decay, same.weight_decay) == (decay, wd)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,10 @@ def test_adamw_with_decay_is_the_formula():
     ],
 )
 def test_adamw_is_kerass_own(dtype, more):
-    """But for the time decay: weights without decay, other dtypes, rows of an embedding, a norm that overflows."""
+    """But for the time decay: weights without decay, other dtypes, rows of an embedding, a norm that overflows.
+
+    The weight decay can be read and set, and a variable updated by itself.
+    """
     options = {"learning_rate": 0.1, "weight_decay": 0.5, "global_clipnorm": 1.0, **more}
     values = []
     for kind in (AdamW, keras.optimizers.AdamW):
@@ -137,6 +140,10 @@ def test_adamw_is_kerass_own(dtype, more):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         for size in (3, 0, 3):  # of one step without a gradient, where the variants of Adam differ
             optimizer.apply([size * ones, -ones], variables)
+            optimizer.weight_decay /= 2
+        optimizer.weight_decay = None
+        optimizer.apply([ones, ones], variables)
+        optimizer.update_step(ones, variables[0], keras.ops.convert_to_tensor(0.1))
         steps = [keras.ops.convert_to_numpy(keras.ops.cast(variable, "float64")) for variable in variables]
         optimizer.apply([1e30 * ones, ones], variables)
         lost = keras.ops.convert_to_numpy(keras.ops.isnan(variables[1]))
@@ -153,6 +160,30 @@ def test_adamw_is_kerass_own(dtype, more):
         values[-1].append(keras.ops.convert_to_numpy(keras.ops.cast(dense.weights[0], "float64")))
     for ours, theirs in zip(*values, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-2 if dtype == "bfloat16" else 1e-5)
+
+
+REPLICAS = """
+import keras, numpy as np, tensorflow as tf
+from resnet_vae.optimizer import AdamW
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+for kind in (AdamW, keras.optimizers.AdamW):
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_initializer="ones")])
+        model.compile(kind(0.1, weight_decay=0.5), "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 2)), batch_size=4, verbose=0)
+    print(*model.get_weights()[0].ravel())
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's strategies")
+def test_adamw_in_several_replicas_is_kerass_own():
+    """Each of them has a thread."""
+    done = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (np.array(line.split(), "float64") for line in done.stdout.splitlines())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [("cosine", (0, 1, 0.5, 0)), ("constant", (1, 1, 1, 1))])
@@ -548,7 +579,7 @@ def test_what_is_configured_is_what_is_trained():
     vae = build_vae(config)
     compile_vae(vae, config, 10)
     optimizer = vae.optimizer
-    assert (optimizer.decoupled_decay, optimizer.beta_2, optimizer.global_clipnorm, optimizer.decay) == (
+    assert (optimizer.weight_decay, optimizer.beta_2, optimizer.global_clipnorm, optimizer.decay) == (
         *(given[name] for name in ("weight_decay", "adam_beta_2", "clip_norm", "decay")),
     )
     assert float(ops.convert_to_numpy(optimizer.learning_rate)) == pytest.approx(0.25)
