@@ -117,6 +117,8 @@ def check_recipe(config):
                 recipe = config.recipe()
                 if recipe["image_shape"] is None:
                     recipe["image_shape"] = recorded["image_shape"]
+                if recipe["precision"] == "auto":  # what that is here, is known when Keras is imported
+                    recipe["precision"] = recorded["precision"]
         except (OSError, ValueError, TypeError, KeyError):  # none, or one that `load` will tell of
             continue
         return check_identity(config.folder, recorded, recipe)

@@ -297,6 +297,7 @@ class Config(Settings):
     )
     resnet_depth: int = Field(
         28,
+        le=10**5,
         description="weight layers of encoder and decoder: 6 × blocks + 4, as 28, 40, 70, 100; basic: 4 × blocks + 4",
     )
     order: Literal["post", "pre"] = Field(
@@ -344,7 +345,7 @@ class Config(Settings):
     mean_l2: float = Field(0.0, ge=0, description="L2 penalty of the mean head's kernel and bias")
     log_var_l2: float = Field(0.0, ge=0, description="L2 penalty of the log-variance head's kernel and bias")
     batch_size: int = Field(100, ge=2, description="images per training step")
-    epochs: int = Field(100, ge=1, description="passes over the training images, at most")
+    epochs: int = Field(100, ge=1, le=10**6, description="passes over the training images, at most")
     learning_rate: float = Field(0.012, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "plateau", "constant"] = Field(
         "cosine",

@@ -441,8 +441,9 @@ def _folder(path, shape):
     """Images below train/ and test/ (in folders by class or not), or all images below the folder."""
     parts = _parts(path)
     files = [_image_files(part) for part in parts]
-    if not files[0]:
-        raise DataError(f"{parts[0]}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
+    for part, group in zip(parts, files, strict=True):
+        if not group:
+            raise DataError(f"{part}: no images; expected files ending in {' '.join(sorted(SUFFIXES))}")
     if shape and shape[2] not in MODES:
         raise DataError(f"IMAGE_SHAPE has {shape[2]} channels; image files have 1, 3 or 4")
     exact = not shape
@@ -457,7 +458,7 @@ def _folder(path, shape):
             target[:] = _read_image(file, shape[2], shape[:2], exact)
         classes = [file.relative_to(part).parts[0] for file in group if file.parent != part]
         read.append(_Part(images, np.array(classes) if len(classes) == len(group) else None))
-    return read[0], read[1] if len(read) == 2 and len(read[1].images) else None
+    return read[0], read[1] if len(read) == 2 else None
 
 
 def _refuse(error):

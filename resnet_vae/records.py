@@ -88,7 +88,7 @@ def read_run(folder):
         raise RecordError(f"{folder} is a sweep; expected one of the runs below it")
     config = _read_config(folder)
     metrics, provenance = _read(folder / "metrics.json", _Metrics), _read(folder / "provenance.json", _Provenance)
-    return Run(folder, config, _read_history(folder / "history.csv"), metrics, provenance)
+    return Run(folder, config, read_history(folder / "history.csv"), metrics, provenance)
 
 
 def _read(path, schema):
@@ -108,7 +108,12 @@ def _read_config(folder):
         raise RecordError(f"{path} cannot be read: {'; '.join(str(error).splitlines())}") from None
 
 
-def _read_history(path):
+def read_history(path):
+    """The rows of a history.csv, name → number, all of them finite.
+
+    Raises:
+        RecordError: it is not there, is damaged, or lacks columns or numbers.
+    """
     needed = ["epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)]
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -170,12 +175,14 @@ def is_finished(config, data=None):
     """Whether the run's folder holds a finished run of this configuration, and of these data where they are given.
 
     Raises:
-        RecordError: the folder holds a finished run of another configuration or of other data, or cannot take this one.
+        RecordError: the folder holds a finished run of another configuration or of other data, or one whose record is
+            damaged, or it cannot take this one.
     """
     folder = config.folder
     if not (folder / "metrics.json").exists():
         _check_place(folder)
         return False
+    _read(folder / "metrics.json", _Metrics)
     recorded = _read_config(folder).recipe()
     asked = config.recipe()
     if asked["image_shape"] is None:

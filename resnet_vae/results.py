@@ -165,6 +165,13 @@ def notes(runs):
     """What a reader of the table must know, a sentence each."""
     remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
     for name in sorted({run.provenance["data"]["name"] for run in runs}):
+        alike = {}
+        for run in runs:
+            if run.provenance["data"]["name"] == name:
+                alike.setdefault(run.provenance["data"].get("fingerprint"), []).append(run.folder.name)
+        if len(alike) > 1:
+            told = "; ".join(f"{', '.join(folders)}: {str(mark)[:8]}" for mark, folders in alike.items())
+            remarks.append(f"The images of {name} are not the same in all rows, which must not be compared: {told}.")
         remarks.append(
             f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them, and "
             "reconstruction and KL of the last validation in its notebooks."
@@ -179,6 +186,9 @@ def notes(runs):
     )
     if any(run.config.beta != 1 for run in runs):
         remarks.append("Where beta is not 1, the loss is no bound.")
+    for run in runs:
+        if count := int(run.history[-1].get("rollbacks", 0)):
+            remarks.append(f"{run.folder.name} diverged and went on at half the learning rate, {count} times in all.")
     return remarks
 
 

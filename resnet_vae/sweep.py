@@ -42,7 +42,7 @@ def runs_of(folder, environ=None):
 
     def check(name, settings):
         config = Config.from_env({**environ, **settings, "OUTDIR": str(Path(folder, name))})
-        first = alike.setdefault(config.replace(outdir="").model_dump_json(), name)
+        first = alike.setdefault(str(config.recipe()), name)  # which the table can tell apart
         if name in runs or first != name:
             raise ConfigError(f"{name} is there twice" if name in runs else f"{first} and {name} are the same run")
         if not is_finished(config):

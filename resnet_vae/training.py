@@ -397,7 +397,7 @@ def identity(config, data):
         "backend": backend,
         "keras_version": versions["keras"],
         "backend_version": versions[backend],
-        "dtype_policy": precision(config),  # what PRECISION=auto is here
+        "precision": precision(config),  # and not "auto"
     }
 
 

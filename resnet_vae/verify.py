@@ -1,6 +1,5 @@
 """Whether what is recorded still follows from itself: tables and figures from run folders, hashes, sums."""
 
-import csv
 import importlib
 import io
 import math
@@ -14,7 +13,17 @@ from matplotlib.image import imread
 
 from resnet_vae import plots
 from resnet_vae.config import UserError
-from resnet_vae.records import FIGURES, RecordError, check_sweep, model_of, read_json, read_run, read_sweep, sha256_of
+from resnet_vae.records import (
+    FIGURES,
+    RecordError,
+    check_sweep,
+    model_of,
+    read_history,
+    read_json,
+    read_run,
+    read_sweep,
+    sha256_of,
+)
 from resnet_vae.results import tables
 
 EXPERIMENTS = ("degradation", "euler", "gradients", "landscape", "transfer")
@@ -196,12 +205,8 @@ def _equal(first, second):
 
 
 def _columns(folder):
-    try:
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise RecordError(f"{folder / 'history.csv'} cannot be read: {error.strerror}") from None
-    names = set().union(*rows) - {"seconds"}
+    rows = read_history(folder / "history.csv")
+    names = rows[0].keys() - {"seconds"}
     return {f"history {name}": np.array([row[name] for row in rows]) for name in names}
 
 

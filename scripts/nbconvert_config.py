@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import nbformat
@@ -20,12 +21,14 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
     """
 
     stopped_by = exit_code = None
+    last_stop = 0.0
 
     def _stop(self, number, frame):
         if self.km is None or not self.km.has_kernel:
             sys.exit(128 + number)
-        if self.stopped_by is None:  # from a terminal it comes twice, from there and from run_all.sh
-            self.stopped_by = number
+        self.stopped_by = self.stopped_by or number
+        if time.monotonic() > self.last_stop + 1:  # from a terminal it comes twice, from there and from run_all.sh
+            self.last_stop = time.monotonic()
             os.kill(self.km.provisioner.pid, signal.SIGINT)
 
     def preprocess(self, nb, resources=None, km=None):
@@ -48,6 +51,8 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
             raise
 
     def preprocess_cell(self, cell, resources, index):
+        if self.stopped_by:  # while no cell ran a kernel ignores it
+            sys.exit(128 + self.stopped_by)
         try:
             return super().preprocess_cell(cell, resources, index)
         except CellExecutionError:

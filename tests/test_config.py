@@ -75,7 +75,7 @@ BAD = {
     "MEAN_L2": "nan",
     "LOG_VAR_L2": "inf",
     "BATCH_SIZE": "2.5",
-    "EPOCHS": "0",
+    "EPOCHS": "9" * 20,
     "LEARNING_RATE": "fast",
     "SCHEDULE": "step",
     "WARMUP_STEPS": "-1",

@@ -425,6 +425,11 @@ def test_files_that_cannot_be_read(tmp_path):
         load("no-such-set")
     with pytest.raises(DataError, match="no images"):
         load(tmp_path)
+    write_folder(tmp_path / "own" / "train", pictures(20, 8, 8, 3))
+    (tmp_path / "own" / "test").mkdir()
+    (tmp_path / "own" / "test" / "picture.heic").touch()
+    with pytest.raises(DataError, match=r"own/test: no images; expected files ending in .*\.png"):
+        load(tmp_path / "own")
     np.savez(tmp_path / "cut.npz", x_train=pictures(20, 8, 8))
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])

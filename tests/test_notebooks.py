@@ -102,6 +102,39 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
 
 
+def kernels_that_ignore_sigint(text):
+    """The notebook kernels whose environment holds a text and which ignore SIGINT."""
+    found = []
+    for process in processes_with(text):
+        try:
+            status = Path("/proc", process, "status").read_text()
+            kernel = b"ipykernel_launcher" in Path("/proc", process, "cmdline").read_bytes()
+        except OSError:  # ended meanwhile
+            continue
+        ignored = int(re.search("SigIgn:\\s*([0-9a-f]+)", status)[1], 16)
+        if kernel and ignored & 1 << signal.SIGINT - 1:
+            found.append(process)
+    return found
+
+
+@once("the scripts are the same on every backend")
+def test_a_signal_while_the_kernel_starts_is_not_lost(tmp_path):
+    """The kernel ignores it then; no cell is begun afterwards."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time\ntime.sleep(300)")])
+    nbformat.write(notebook, tmp_path / "long.ipynb")
+    command = [HOME / "scripts" / "run_notebook.sh", tmp_path / "long.ipynb", tmp_path / "out"]
+    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **options)
+    deadline = time.monotonic() + 200
+    while not kernels_that_ignore_sigint(str(tmp_path / "out")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGTERM)
+    told, _ = running.communicate(timeout=100)
+    assert running.returncode == 143, told
+    assert "interrupted; the notebook as far as it came is" in told
+    assert not processes_with(str(tmp_path / "out"))
+
+
 def test_sweep_by_the_command_line_goes_on_after_a_failure(tmp_path):
     """A folder in use, and a depth with a number of epochs of its own; the sweep of another setting, too.
 

@@ -305,6 +305,22 @@ def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_pat
     assert list(axes.get_xticks()) == [28]
 
 
+def test_a_table_tells_of_rows_that_must_not_be_compared(tmp_path):
+    """Of other images under one name, and of a training that diverged."""
+    for depth, images in ((28, "1234567890"), (34, "1234567890"), (40, "abcdefghij")):
+        write_run(tmp_path / f"depth-{depth}", depth, 1800.0)
+        provenance = {"data": {"name": "own.npz", "fingerprint": images}}
+        (tmp_path / f"depth-{depth}" / "provenance.json").write_text(json.dumps(provenance))
+    history = tmp_path / "depth-40" / "history.csv"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join(f"{line},{last}" for line, last in zip(lines, ("rollbacks", 0, 2), strict=True)))
+    table = write_table(tmp_path)
+    assert "The images of own.npz are not the same in all rows" in table
+    assert "depth-28, depth-34: 12345678; depth-40: abcdefgh." in table
+    assert "depth-40 diverged and went on at half the learning rate, 2 times in all." in table
+    assert table.count("diverged") == 1
+
+
 def test_runs_that_are_not_finished_are_told(sweep, capsys, monkeypatch):
     for name in ("begun", "depth-40"):
         (sweep / name).mkdir(exist_ok=True)

@@ -70,6 +70,7 @@ MISTAKES = {
     "DEPTHS=28+30": "resnet_depth is '30'",
     "DEPTHS=28:1+28:2": "depth-28 is there twice",
     "SWEEP=WIDTH WIDTH=1+1.0": "width-1 and width-1.0 are the same run",
+    "SWEEP=REMAT REMAT=0+1": "remat-0 and remat-1 are the same run",
     "SWEEP=OUTDIR OUTDIR=a+b": "SWEEP names OUTDIR; expected DEPTHS or settings",
     "SWEEP=CMDLINE CMDLINE=0+1": "SWEEP names CMDLINE; expected DEPTHS or settings",
     "WIDTH=abc": "width is 'abc'",

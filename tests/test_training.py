@@ -313,6 +313,13 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
     assert not is_finished(config.replace(outdir=str(finished_run.parent / "new")))
 
 
+def test_a_finished_run_whose_record_is_damaged_is_told(copied_run):
+    """Before a sweep has trained all others, which would then have no table."""
+    (copied_run / "metrics.json").write_text("")
+    with pytest.raises(RecordError, match=r"metrics\.json cannot be read"):
+        is_finished(Config(**TINY, outdir=str(copied_run)))
+
+
 @pytest.mark.parametrize("other", [{"dataset": "a.npz"}, {"image_shape": (8, 8, 1)}, {"validation": "test"}], ids=str)
 def test_data_of_another_configuration_are_refused(tmp_path, other):
     """The record would be of what was not trained on."""
@@ -797,6 +804,9 @@ def test_runs_that_differ_are_told_and_so_is_ctrl_c(finished_run, copied_run, ca
     history.write_text(history.read_text().replace("\n3,", "\n4,"))
     assert run_command("compare", finished_run, copied_run) == 1
     assert capsys.readouterr().out == "differences: 0\ndifferences: 1\nhistory epoch\n"
+    history.write_text(history.read_text() + "1,2\n")
+    assert run_command("compare", finished_run, copied_run) == 2
+    assert "history.csv cannot be read: expected as many values" in capsys.readouterr().err
 
     def interrupted(*_):
         raise KeyboardInterrupt
