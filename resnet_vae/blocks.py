@@ -335,7 +335,8 @@ class Repeated(layers.Layer):
     """`count` residual blocks of one shape in a row, computed as one block in a loop, on JAX from nine blocks on.
 
     So the time and the memory to trace and compile do not grow with their number. A weight is one variable for all
-    blocks, of shape (count, …); `split` and `join` go over to single blocks and back.
+    blocks, of shape (count, …); `split` and `join` go over to single blocks and back. Single blocks it must be for
+    what does not know loops: TFLite's converter, and on JAX on CPUs forward-mode differentiation (`jax.jvp`).
 
     Args:
         count: number of blocks.

@@ -35,7 +35,9 @@ def build_classifier(
 ):
     """Build a residual classifier: images (batch, *image_shape) → probabilities (batch, classes) in float32.
 
-    uint8 images are brought to [0, 1]; floats are taken as they are.
+    uint8 images are brought to [0, 1]; floats are taken as they are. So that the features of a layer are those of the
+    same images, make their model an `ImageModel` of `resnet_vae.networks`, too: ImageModel(model.inputs,
+    model.get_layer("average").output). A `keras.Model` would take grey levels for floats.
 
     Before the last layer it averages over all positions, so that with the image shape (None, None, channels) images
     of any size can come, and a network trained at one size runs at others.
@@ -58,7 +60,7 @@ def build_classifier(
         activation: of the last layer; None for logits.
 
     Raises:
-        UserError: a name that is none of these, or an unknown order or shortcut.
+        UserError: a name that is none of these, an unknown order or shortcut, or no width.
     """
     match = re.fullmatch(r"resnet(\d{1,6})", str(name))
     depth = int(match[1]) if match else 0
@@ -71,6 +73,8 @@ def build_classifier(
     for word, given, known in (("order", order, ORDERS), ("shortcut", shortcut, SHORTCUTS[1:])):
         if given not in known:
             raise UserError(f"the {word} is {given!r}; expected one of {', '.join(known)}")
+    if not width > 0 or (stem is not None and stem < 0):
+        raise UserError(f"width {width}, stem {stem}; expected a width above 0 and a stem of 0 or more, or None")
     convolutions = {"kernel_initializer": "he_normal", "use_bias": depth >= 50 and imagenet}
     momentum, epsilon = (0.99, KERAS_EPSILON) if imagenet else (0.9, 1e-3)
     options = {**convolutions, "momentum": momentum, "epsilon": epsilon, "order": order, "learned_step": learned_step}

@@ -274,6 +274,7 @@ def whole(path):
     Raises:
         RecordError: the file cannot be written, as on a full disk.
     """
+    path = Path(path)
     partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
     try:
         yield partial

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+import random
 import re
 import signal
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -401,12 +403,27 @@ def identity(config, data):
     }
 
 
+@contextmanager
+def _generators_kept():
+    """Leave Python's and NumPy's global generators as they were: a training's seed is set in them, too."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@_generators_kept()
 def train(config, data=None):
     """Train the VAE that a configuration describes and record the run.
 
     A folder that holds a finished run of the same configuration, and of the same data where they are given, is left as
     it is; an unfinished one is continued. The weights kept are those of the epoch with the lowest validation loss;
     the test images are looked at once, with these.
+
+    With config.deterministic TensorFlow is asked for deterministic operations, for the whole process. Keras's global
+    generator is set to config.seed; those of Python and of NumPy are afterwards as they were.
 
     Args:
         config: a `Config`.

@@ -168,3 +168,5 @@ def test_names_that_are_none(name):
         build_classifier("resnet20", order="mid")
     with pytest.raises(UserError, match="the shortcut is 'identity'; expected one of projection, pool, pad, none"):
         build_classifier("resnet20", shortcut="identity")
+    with pytest.raises(UserError, match="width -1, stem None; expected a width above 0"):
+        build_classifier("resnet8", (8, 8, 1), width=-1)

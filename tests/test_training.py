@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -318,6 +319,19 @@ def test_a_finished_run_whose_record_is_damaged_is_told(copied_run):
     (copied_run / "metrics.json").write_text("")
     with pytest.raises(RecordError, match=r"metrics\.json cannot be read"):
         is_finished(Config(**TINY, outdir=str(copied_run)))
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path, monkeypatch):
+    """Or else a search that draws its settings would draw the same ones after each training."""
+    monkeypatch.setattr("resnet_vae.training._train", lambda *_: keras.utils.set_random_seed(0))
+    drawn = []
+    for trains in (False, True):
+        random.seed(1)
+        np.random.seed(1)
+        if trains:
+            train(Config(**TINY, outdir=str(tmp_path / "run")))
+        drawn.append((random.random(), np.random.random()))
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("other", [{"dataset": "a.npz"}, {"image_shape": (8, 8, 1)}, {"validation": "test"}], ids=str)
