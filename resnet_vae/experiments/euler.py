@@ -2,8 +2,8 @@
 
 Two questions: how fast the network comes near the differential equation's solution as τ falls (order 1 is what the
 method promises), and whether it helps to learn τ, a number a layer, by gradient descent, as "Neural ordinary
-differential equations" (https://arxiv.org/abs/1806.07366) and its forerunners suggest. As steps that are learned may
-help by being longer alone, there is a third network, whose τ is fixed at the mean of the learned ones.
+differential equations" (https://arxiv.org/abs/1806.07366) and its forerunners suggest. As learned steps may
+help merely by being longer, there is a third network, whose τ is fixed at the mean of the learned ones.
 """
 
 import textwrap
