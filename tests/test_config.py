@@ -75,7 +75,7 @@ BAD = {
     "MEAN_L2": "nan",
     "LOG_VAR_L2": "inf",
     "BATCH_SIZE": "2.5",
-    "EPOCHS": "9" * 20,
+    "EPOCHS": "0",
     "LEARNING_RATE": "fast",
     "SCHEDULE": "step",
     "WARMUP_STEPS": "-1",
@@ -113,6 +113,12 @@ def test_a_bad_value_is_named_with_its_field(name):
     assert name.lower() in told
     assert BAD[name].split("x")[0] in told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize(("name", "value"), [("EPOCHS", "9" * 20), ("RESNET_DEPTH", "6000000000000004")])
+def test_what_no_training_could_come_to_an_end_with_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name.lower()} is '{value}'"):
+        Config.from_env({name: value})
 
 
 @pytest.mark.parametrize(
