@@ -5,7 +5,7 @@ import functools
 import keras
 from keras import layers, ops
 
-from resnet_vae.devices import computes_on_gpu
+from resnet_vae.devices import computes_on_gpu, processor_has_amx
 from resnet_vae.loop import within_loop
 
 
@@ -59,6 +59,11 @@ def convolve_upsampled(x, kernel, strides):
         return _convolve_upsampled_tensorflow(x, kernel, strides)
     if _is_for_xla_on_cpu():
         return _in_phases(x, kernel, strides, ((kernel.shape[0] - 1) // 2,) * 2)
+    return _upsampled_by_transpose(x, kernel, strides)
+
+
+def _upsampled_by_transpose(x, kernel, strides):
+    """`convolve_upsampled` as a part of a transposed convolution, which goes beyond the image."""
     (rows, columns), first = strides, kernel.shape[0] // 2
     height, width = x.shape[1] * rows, x.shape[2] * columns
     x = ops.conv_transpose(x, _turned(kernel), strides, padding="valid")
@@ -153,7 +158,7 @@ def convolved_constant(constant, kernel, height, width):
 
 
 def _is_for_onednn(x):
-    """Whether convolutions of x are those of oneDNN in bfloat16, some of which take long on processors with AMX."""
+    """Whether convolutions of x are those of oneDNN in bfloat16, some of which take long, above all with AMX."""
     known = keras.backend.backend() == "tensorflow" and x.dtype == "bfloat16" and None not in x.shape[1:]
     return known and not computes_on_gpu()
 
@@ -167,12 +172,13 @@ def _is_for_xla_on_cpu():
     return jax.default_backend() == "cpu"
 
 
-def _is_narrow(x):
+def _is_narrow(x, strided=False):
     """Whether a kernel's gradient takes less time as a product of matrices where the smaller image is x.
 
-    Up to seven times less: oneDNN's own is the slower, the fewer columns images have.
+    Up to seven times less: oneDNN's own is the slower, the fewer columns images have, without AMX half as much.
     """
-    return x.shape[2] <= min(16, x.shape[3] // 16)
+    least = 16 if strided or processor_has_amx() else 32  # channels for each column
+    return x.shape[2] <= min(16, x.shape[3] // least)
 
 
 def _convolve_tensorflow(x, kernel):
@@ -192,7 +198,7 @@ def _convolve_tensorflow(x, kernel):
 
 
 def _convolve_upsampled_tensorflow(x, kernel, strides):
-    """`convolve_upsampled` in phases, and its gradients by the convolution that it is the transpose of."""
+    """`convolve_upsampled`, with AMX in phases, and its gradients by the convolution that it is the transpose of."""
     import tensorflow as tf
 
     side = kernel.shape[0]
@@ -203,13 +209,15 @@ def _convolve_upsampled_tensorflow(x, kernel, strides):
         def backward(gradient):
             lengths, turned = [(first, side - stride - first) for stride in strides], _turned(kernel)
             gradient = tf.pad(gradient, ((0, 0), *lengths, (0, 0)))
-            if _is_narrow(x):
+            if _is_narrow(x, strided=True):
                 of_kernel = _kernel_gradient(gradient, x, side, strides)
             else:
                 of_kernel = tf.compat.v1.nn.conv2d_backprop_filter(gradient, turned.shape, x, [1, *strides, 1], "VALID")
             return tf.nn.conv2d(gradient, turned, strides, "VALID"), _turned(of_kernel)
 
-        return _in_phases(x, kernel, strides, (side - 1 - first,) * 2), backward
+        if processor_has_amx():
+            return _in_phases(x, kernel, strides, (side - 1 - first,) * 2), backward
+        return _upsampled_by_transpose(x, kernel, strides), backward
 
     return convolve_upsampled(x, kernel)
 

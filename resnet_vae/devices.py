@@ -25,9 +25,17 @@ def processor_prefers_bfloat16():
     With AMX, Arm's BF16, or AVX512_BF16, but Intel's of the last take twice as long as float32 (Sapphire Rapids without
     AMX: 168 to 339 GFLOP/s in matrix products of two cores; an AMD EPYC: 700 to 328).
     """
-    flags = set(_cpuinfo("flags", "Features").split())
-    amd = _cpuinfo("vendor_id") == "AuthenticAMD"
+    flags, amd = _flags(), _cpuinfo("vendor_id") == "AuthenticAMD"
     return not flags.isdisjoint({"amx_bf16", "bf16"}) or (amd and "avx512_bf16" in flags)
+
+
+def processor_has_amx():
+    """Whether the processor multiplies matrices in tiles, by Intel's AMX, in bfloat16."""
+    return "amx_bf16" in _flags()
+
+
+def _flags():
+    return set(_cpuinfo("flags", "Features").split())
 
 
 def devices():

@@ -124,10 +124,12 @@ def gradients(function, dtype, arrays):
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
 @pytest.mark.parametrize(("pair", "side", "strides"), [*(("same", side, None) for side in (3, 5, 4)), *UPSAMPLED])
 @pytest.mark.parametrize("narrow", [True, False])
-def test_convolutions_for_onednn(pair, side, strides, narrow, monkeypatch):
+@pytest.mark.parametrize("amx", [True, False])
+def test_convolutions_for_onednn(pair, side, strides, narrow, amx, monkeypatch):
     """In float64, where they are not used, they and their gradients are TensorFlow's own but for rounding errors."""
     monkeypatch.setattr(convolution, "_is_for_onednn", lambda x: True)
-    monkeypatch.setattr(convolution, "_is_narrow", lambda x: narrow)
+    monkeypatch.setattr(convolution, "_is_narrow", lambda x, strided=False: narrow)
+    monkeypatch.setattr(convolution, "processor_has_amx", lambda: amx)
     x, kernel = RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((side, side, 5, 6))
     values, expected = (gradients(partial(kind, strides=strides), "float64", (x, kernel)) for kind in PAIRS[pair])
     for value, exact in zip(values, expected, strict=True):
@@ -136,7 +138,8 @@ def test_convolutions_for_onednn(pair, side, strides, narrow, monkeypatch):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's gradients")
 @pytest.mark.parametrize("pair", ["same", "upsampled"])
-def test_bfloat16_where_images_are_narrow(pair, monkeypatch):
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_where_images_are_narrow(pair, amx, monkeypatch):
     """Gradients of kernels are taken as products, and within a hundredth of those in double precision.
 
     So are the output and the gradient of the images where TensorFlow's own are, to which these are left: on processors
@@ -145,9 +148,10 @@ def test_bfloat16_where_images_are_narrow(pair, monkeypatch):
     import tensorflow as tf
 
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])  # as on a machine without a GPU
+    monkeypatch.setattr(convolution, "processor_has_amx", lambda: amx)
     products, kernel_gradient = [], convolution._kernel_gradient
     monkeypatch.setattr(convolution, "_kernel_gradient", lambda *args: products.append(1) or kernel_gradient(*args))
-    x, kernel = RNG.standard_normal((8, 4, 4, 64)), RNG.standard_normal((3, 3, 64, 64))
+    x, kernel = RNG.standard_normal((8, 4, 4, 128)), RNG.standard_normal((3, 3, 128, 128))
     ours, theirs = (partial(kind, strides=(2, 2)) for kind in PAIRS[pair])
     exact = gradients(ours, "float64", (x, kernel))
     assert not products

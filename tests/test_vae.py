@@ -17,7 +17,7 @@ from scipy import integrate, special, stats
 from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
-from resnet_vae.devices import devices, precision
+from resnet_vae.devices import devices, precision, processor_has_amx
 from resnet_vae.optimizer import AdamW
 from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
 
@@ -570,7 +570,9 @@ def test_precision_follows_the_processor_and_heads_give_float32(monkeypatch):
     for vendor, flags in (("AuthenticAMD", "fpu avx2"), ("GenuineIntel", "fpu avx512f avx512_bf16")):
         processor(vendor, flags)
         assert precision(Config()) == "float32"
+        assert not processor_has_amx()
     processor("GenuineIntel", "fpu avx512_bf16 amx_bf16")
+    assert processor_has_amx()
     assert precision(Config()) == ("float32" if keras.backend.backend() == "jax" else "mixed_bfloat16")
     processor("AuthenticAMD", "fpu avx512f avx512_bf16")
     for name, capability, expected in (("Tesla T4", (7, 5), "float32"), ("NVIDIA H200", (9, 0), "mixed_bfloat16")):
