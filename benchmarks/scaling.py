@@ -91,10 +91,10 @@ def draw(rows):
 def main(arguments=None):
     """Parse the command line, measure, and write scaling.csv, .md, .png and record.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"))
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"), help="where the record goes")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows")
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger values than this")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each size")
     parser.add_argument("--seconds", type=float, default=5, help="of a round, about; at least three training steps")
     chosen = parser.parse_args(arguments)
     rows = []

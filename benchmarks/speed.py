@@ -353,12 +353,18 @@ def contestants_here():
     return [name for name, (_, precision) in CONTESTANTS.items() if precision == "float32" or fast]
 
 
+def _listed(names):
+    """An option's help: what it takes."""
+    return f"one or more of: {'; '.join(names)}"
+
+
 def main(arguments=None):
     """Parse the command line; a contestant's process is this file, too."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/bench"))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES)
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=contestants_here())
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/bench"), help="where the record goes")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES, metavar="CASE", help=_listed(CASES))
+    contestants = {"choices": CONTESTANTS, "default": contestants_here(), "metavar": "CONTESTANT"}
+    parser.add_argument("--contestants", nargs="+", help=_listed(CONTESTANTS), **contestants)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, default=10, help="of the quickest contestant's turn, about")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)

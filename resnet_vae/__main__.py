@@ -76,7 +76,7 @@ def _parser():
     compare.add_argument("runs", type=Path, nargs=2, metavar="RUN")
     evaluate = command("evaluate", "evaluate a run on the test images of another data set, and record it")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    evaluate.add_argument("dataset", metavar="DATASET", help="a data set as for DATASET")
+    evaluate.add_argument("dataset", metavar="DATASET", help="a data set by name, a folder of images, or an .npz file")
     return parser
 
 

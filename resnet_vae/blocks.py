@@ -56,9 +56,9 @@ class ResidualBlock(layers.Layer):
         order: "post" or "pre".
         learned_step: F(x) is multiplied with a trained number that starts at 1.
         gain: initial scale of the last normalisation; at 0 the block starts as its shortcut
-            (https://arxiv.org/abs/1706.02677, section 5.1), which is what makes very deep networks trainable. With
-            order pre, 0 starts the last convolution's kernel at zero instead, and other values have no effect. By
-            default 0, and 1 where there is no shortcut.
+            (https://arxiv.org/abs/1706.02677, section 5.1), so that a deep chain starts as a shallow one. With order
+            pre, 0 starts the last convolution's kernel at zero instead, and other values have no effect. By default 0,
+            and 1 where there is no shortcut.
         momentum, epsilon: of the normalisations.
         use_bias: of the convolutions.
         kernel_initializer: of the convolutions. As in Keras, one whose seed is a number draws the same for all kernels

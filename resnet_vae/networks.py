@@ -192,7 +192,7 @@ def build_decoder(config, image_shape):
     """Build the decoder, which is also the generator: latents → images.
 
     With `config.decoder` "mirrored" the filters fall from 2048 to 64 while the image grows; with "published" they
-    rise as in the encoder, as the post had it, at 6.6 times the arithmetic.
+    rise as in the encoder, as the post had it, at 5 to 7 times the arithmetic.
 
     Args:
         config: a `Config`.

@@ -171,9 +171,10 @@ def losses_by_depth(runs):
     figure = Figure(layout="constrained")
     axes = figure.add_subplot()
     lines = {}
-    for run in sorted(runs, key=lambda run: run.config.resnet_depth):
-        lines.setdefault(", ".join([run.config.loss_meaning, *_swept(run, runs)]), []).append(run)
     posts = POST if any(run.config.objective == "published" and _is_cifar10(run) for run in runs) else ()
+    for run in sorted(runs, key=lambda run: run.config.resnet_depth):
+        told = [*(["ours"] if posts else []), run.config.loss_meaning, *_swept(run, runs)]
+        lines.setdefault(", ".join(told), []).append(run)
     ticks = {run.config.resnet_depth for run in runs} | {row["depth"] for row in posts}
     for number, (label, chosen) in enumerate(sorted(lines.items())):
         aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side

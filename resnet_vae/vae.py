@@ -135,7 +135,7 @@ def _check_shape(images, expected):
 
 
 def _check_levels(images):
-    """Refuse numbers that are no images, of which the loss would be without a meaning."""
+    """Refuse arrays whose values cannot be images: the loss would be meaningless."""
     kind = keras.backend.standardize_dtype(images.dtype)
     low, high = images.min(), images.max()
     if "int" in kind and high == 1 and len(images) > 1:

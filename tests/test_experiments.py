@@ -73,7 +73,7 @@ def test_the_product_along_the_layers_is_the_gradient(residual, activation):
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_scalar_example_with_two_hidden_layers(residual):
-    """One node a layer, no biases, depth 3: the lecture notes' formula, factor by factor."""
+    """One node a layer, no biases, depth 3: the product formula, factor by factor."""
     w, u, slope = RNG.uniform(0.5, 1.5, 3), 0.7, 1.3
     chain = Chain([np.array([[weight]]) for weight in w], residual=residual)
     y0, y1, y2, _ = (float(y[0]) for y in chain.forward([u]))

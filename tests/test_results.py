@@ -122,7 +122,7 @@ def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_
         write_run(tmp_path / f"{depth}", depth, 1800.0 + depth, objective="published")
     (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    ours = list(zip(*lines["the post's objective: no bound"].get_data(), strict=True))
+    ours = list(zip(*lines["ours, the post's objective: no bound"].get_data(), strict=True))
     posts = list(zip(*lines["the post's own figures"].get_data(), strict=True))
     assert ours == [(28, 1828.0), (100, 1900.0)]
     assert posts == [(28, 1794.7), (40, 1795.7), (70, 1799.0), (100, 1804.0)]
@@ -274,7 +274,7 @@ def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tm
     meaning = "the post's objective: no bound"
     assert labels == [
         [f"{meaning}, width 0.5", f"{meaning}, width 1.0"],
-        [meaning, "the post's own figures"],
+        [f"ours, {meaning}", "the post's own figures"],
         [meaning],
     ]
 

@@ -1,6 +1,7 @@
-"""The simplified networks of the lecture notes: y ← P y + τ σ(W y + b), a feed-forward chain or a ResNet, in float64.
+"""A feed-forward chain or a ResNet of simple layers, y ← P y + τ σ(W y + b), in float64.
 
-Vectors, no batches; NumPy only. The derivative of the loss by an early weight is the product along the layers:
+The networks of "Lecture Notes: Neural Network Architectures" (https://arxiv.org/abs/2304.05133). Vectors, no batches;
+NumPy only. The derivative of the loss by an early weight is the product along the layers:
 ∂L/∂W[ℓ] = ∂L/∂y[L] · ∏ J[j] · ∂y[ℓ+1]/∂W[ℓ], where J[j] is the layer's Jacobian, τ σ'(z) W, and in a ResNet plus
 the identity (or the projection P where the widths differ).
 """

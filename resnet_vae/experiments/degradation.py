@@ -118,11 +118,11 @@ def draw(rows):
                     label = f"depth {depth}" if style == ".-" else None
                     axes.plot(epochs, seeds.mean(1), style, color=f"C{number}", label=label)
                     axes.fill_between(epochs, seeds.min(1), seeds.max(1), color=f"C{number}", alpha=0.15, lw=0)
-            axes.plot([], [], "k--", label="training images")
-            axes.plot([], [], "k-", label="test images")
             axes.set(title=f"{network}, {kind}", xlabel="epoch")
             whole_epochs(axes)
-            axes.legend(frameon=False, fontsize=8)
+        axes.plot([], [], "k--", label="training images")
+        axes.plot([], [], "k-", label="test images")
+        axes.legend(frameon=False, fontsize=8)
         of_network = [row for row in rows if row["network"] == network]
         training, test = ([row[name] for row in of_network] for name in (column, f"test_{column}"))
         keep_in_sight(across[0], training, test, "test")

@@ -1,9 +1,10 @@
 """ResNets as Euler steps: y ← y + τ σ(W y + b) is a step of the explicit Euler method for dy/dt = σ(W(t) y + b(t)).
 
+That a ResNet is such a method: "Stable architectures for deep neural networks" (https://arxiv.org/abs/1705.03341).
 Two questions: how fast the network comes near the differential equation's solution as τ falls (order 1 is what the
-method promises), and whether it helps to learn τ, a number a layer, by gradient descent, as "Neural ordinary
-differential equations" (https://arxiv.org/abs/1806.07366) and its forerunners suggest. As learned steps may
-help merely by being longer, there is a third network, whose τ is fixed at the mean of the learned ones.
+method promises), and whether it helps to learn τ, a number a layer, by gradient descent
+(https://arxiv.org/abs/2204.08528). As learned steps may help merely by being longer, there is a third network, whose τ
+is fixed at the mean of the learned ones.
 """
 
 import textwrap

@@ -1,8 +1,8 @@
 """The gradient by layer: along feed-forward chains and ResNets, in the classifier and in the VAE, plain and residual.
 
 What is measured is the norm of the loss's gradient by each weight at initialisation. In a product of L Jacobians it
-vanishes or explodes with L; a skip connection adds the identity to each factor, which stops the vanishing, not the
-exploding.
+vanishes or explodes with L; a skip connection adds the identity to each factor: small factors are then near 1, which
+stops the vanishing, and large ones stay large.
 """
 
 import keras

@@ -241,7 +241,8 @@ def draw_surfaces(rows):
     """A panel a network: the loss over the random plane as a surface."""
     networks = _each(rows)
     figure = Figure(figsize=(3.6 * len(networks), 4), layout="constrained")
-    figure.suptitle("log10 of the loss in nats, over two random directions in lengths of the filters")
+    told = "log10 of the loss in nats, each panel with its own heights"
+    figure.suptitle(f"{told}, over two random directions in lengths of the filters")
     for number, (title, own) in enumerate(networks, start=1):
         axes = figure.add_subplot(1, len(networks), number, projection="3d")
         axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200)
@@ -266,7 +267,7 @@ def draw_contours(rows, paths):
         above.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)
-        below.set(title=f"its training: {path[0]['share']:.0%} in this plane", xlabel="first principal component")
+        below.set(title=f"training's path: {path[0]['share']:.0%} in this plane", xlabel="first principal component")
     grid[0, 0].set_ylabel("second random direction")
     grid[1, 0].set_ylabel("second principal component")
     return figure
