@@ -98,6 +98,20 @@ def keep_memory():
         mallopt(mmap_max, 0)
 
 
+def settle():
+    """Have the backend compute as training has it, in the whole process; a figure is then the same in each process.
+
+    On TensorFlow without a GPU this switches the rewriting of graphs off, which takes a fifth of the first step, makes
+    no other step quicker, and in bfloat16 rounds elsewhere; and it keeps freed memory.
+    """
+    if worth_compiling():
+        return
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    keep_memory()
+
+
 def precision(config):
     """The dtype policy that a configuration asks for; "auto" depends on what computes here.
 

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from resnet_vae.config import PACKAGE
-from resnet_vae.devices import keep_memory
+from resnet_vae.devices import settle
 
 LONG = 2**14  # numbers in a gradient from which leaving out a pass that is not needed pays for a `tf.cond`
 
@@ -106,17 +106,10 @@ class AdamW(keras.optimizers.Adam):
 
 
 def prepare(optimizer, model):
-    """Have the steps of a model with an optimizer take less time, the first one most.
-
-    On TensorFlow without a GPU this switches the rewriting of graphs off and keeps freed memory, for the whole process.
-    """
+    """Have the steps of a model with an optimizer take less time, the first one most; see also `settle`."""
     optimizer.build(model.trainable_variables)  # or else Keras traces the first step twice
-    if keras.backend.backend() == "tensorflow" and not model.supports_jit:
-        import tensorflow as tf
-
-        # It takes a fifth of the first step and makes no other step quicker.
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        keep_memory()
+    if not model.supports_jit:
+        settle()
 
 
 def compile_vae(vae, config, steps_per_epoch):

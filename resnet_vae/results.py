@@ -5,7 +5,7 @@ from pathlib import Path
 
 from resnet_vae.config import UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
-from resnet_vae.devices import devices, precision
+from resnet_vae.devices import devices, precision, settle
 from resnet_vae.records import check_data, csv_text, environment, model_of, read_run, read_sweep, write_json, write_text
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
@@ -50,6 +50,7 @@ def load_run(folder):
     path = model_of(run.folder)
     from resnet_vae.vae import build_vae
 
+    settle()
     vae = build_vae(run.config)
     vae.kl_warmup_steps = 0  # they are over, however few there were
     try:

@@ -29,13 +29,29 @@ def _logits(decoder):
     """The function latents, training → logits of a decoder's images."""
     last = decoder.layers[-1] if getattr(decoder, "outputs", None) else None  # of a functional Model
     if isinstance(last, layers.Activation) and last.activation is keras.activations.sigmoid:
-        return keras.Model(decoder.inputs, last.input, name="logits")
+        functional = keras.Model(decoder.inputs, last.input, name="logits")
+        if type(decoder).call in (type(functional).call, keras.Sequential.call):  # and not a subclass's own
+            return functional
+    _check_output(decoder)
 
     def logits(latents, training):  # of probabilities 1e-7 away from 0 and 1 at least
         images = ops.clip(ops.cast(decoder(latents, training=training), "float32"), 1e-7, 1 - 1e-7)
         return ops.log(images) - ops.log1p(-images)
 
     return logits
+
+
+def _check_output(decoder):
+    """Refuse a decoder that makes something else of a few latents than images in [0, 1]."""
+    shape = getattr(decoder, "input_shape", None)
+    if isinstance(shape, tuple) and None not in shape[1:]:
+        latents = np.random.default_rng(0).standard_normal((8, *shape[1:])).astype("float32")
+        images = ops.convert_to_numpy(ops.cast(decoder(latents), "float32"))
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(
+                f"the decoder's images run from {images.min():g} to {images.max():g}; expected [0, 1]: if these are "
+                "logits, let it end with a sigmoid"
+            )
 
 
 def kl_divergence(mean, log_var):
@@ -162,17 +178,19 @@ class VAE(_Model):
 
     Args:
         encoder: Model, floats in [0, 1] → [mean, log-variance]; that of `build_encoder` takes uint8 by itself, too.
-        decoder: Model, latents → images; the generator by itself.
+        decoder: Model, latents → images in [0, 1], not logits; the generator by itself.
         objective: "elbo" or "published", see `Sampling`.
-        beta: weight of the KL; the loss is a bound only at 1.
+        beta: weight of the KL; the loss is a bound only at 1. It may be changed at any time, as in a callback; the next
+            training step is then compiled anew, as it is when kl_warmup_steps are changed.
         seed: of the sampler.
         kl_warmup_steps: training steps over which the KL's weight rises from 0 to beta, in what is minimised, not in
             what is printed; so that latents come into use before the KL switches them off
             (https://arxiv.org/abs/1602.02282).
 
     Raises:
-        ValueError: an unknown objective; a decoder of other images; images of another shape than the encoder's. Of an
-            array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0, 255] or 0 and 1 alone.
+        ValueError: an unknown objective; a decoder of other images, or of values beyond [0, 1]; images of another shape
+            than the encoder's. Of an array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0,
+            255] or 0 and 1 alone.
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
@@ -187,13 +205,18 @@ class VAE(_Model):
         self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
         self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")
         self.sampler = Sampling(objective, seed, name="sampler")
-        self.reconstruction_metric = keras.metrics.Mean(name="reconstruction")
-        self.kl_metric = keras.metrics.Mean(name="kl")
-        self.penalty_metric = keras.metrics.Mean(name="penalty")
+        self.reconstruction_metric = keras.metrics.Mean(name="reconstruction", dtype="float32")
+        self.kl_metric = keras.metrics.Mean(name="kl", dtype="float32")
+        self.penalty_metric = keras.metrics.Mean(name="penalty", dtype="float32")
         logits = _logits(decoder)
         calibration = _Calibration(encoder, decoder, self.sampler, dtype=self.dtype_policy, name="calibration")
         self._logits, self._calibration = (lambda: logits), (lambda: calibration)  # so that Keras counts no layer twice
         self.build(getattr(encoder, "input_shape", None))
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("beta", "kl_warmup_steps") and getattr(self, "train_function", None):
+            self.make_train_function(force=True)  # in whose trace they are numbers
 
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built
@@ -233,6 +256,10 @@ class VAE(_Model):
             self.trained_steps.assign_add(1.0)
         return reconstruction + weight * kl + penalty
 
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Metrics given to `compile` compare the reconstruction with the images, both in [0, 1]."""
+        return super().compute_metrics(x, scale(x), y_pred, sample_weight)
+
     def get_metrics_result(self):
         figures = super().get_metrics_result()
         if "kl" in figures:
@@ -241,6 +268,8 @@ class VAE(_Model):
 
     def _check(self, images):
         """Refuse an array or a tensor that are no images for this network, before Keras begins."""
+        if isinstance(images, (list, tuple, dict)):
+            raise ValueError(f"images are given as a {type(images).__name__}; expected one array or tensor of them")
         if isinstance(images, np.ndarray) or ops.is_tensor(images):
             self._check_input(images)
             images = ops.convert_to_numpy(images)
@@ -265,6 +294,10 @@ class VAE(_Model):
         self._check(x)
         return super().test_on_batch(x, *args, **kwargs)
 
+    def predict_on_batch(self, x):
+        self._check(x)
+        return super().predict_on_batch(x)
+
     def evaluate(self, x=None, *args, **kwargs):
         self._check(x)
         self.sampler.restart_evaluation()
@@ -282,7 +315,8 @@ class VAE(_Model):
         "precise BN" of "Rethinking 'Batch' in BatchNorm" (https://arxiv.org/abs/2105.07576), section 3. The mean over
         the batches is weighted as a moving average weights them, the last most, whatever was there before; of one with
         momentum 0 it is the last batch. Dropout and noise begin anew and are put back: the averages are a function of
-        weights and images, and nothing else changes. Frozen normalisations are left as they are.
+        weights and images, and nothing else changes. Frozen normalisations are left as they are. Of an array or a
+        tensor, images after the last whole batch are left out: a batch of a few would weigh as much as a whole one.
 
         Args:
             x: images, as for `predict`, in random order: a batch of one class has other moments. At least one batch.
@@ -292,6 +326,9 @@ class VAE(_Model):
             ValueError: as by `predict`.
         """
         self._check(x)
+        if isinstance(x, np.ndarray) or ops.is_tensor(x):
+            size = kwargs.get("batch_size") or 32
+            x = x[: max(len(x) // size * size, min(len(x), size))]
         averages = [
             (average, layer.momentum)
             for layer in self._flatten_layers()

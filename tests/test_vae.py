@@ -22,6 +22,7 @@ from resnet_vae.optimizer import AdamW
 from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
 
 RNG = np.random.default_rng(0)
+BATCH = ("train_on_batch", "test_on_batch", "predict_on_batch")
 
 
 def to_numpy(x):
@@ -111,6 +112,62 @@ def test_the_kl_warms_up_in_what_is_minimised_and_not_in_what_is_told(images):
         vae.evaluate(images, batch_size=48, verbose=0)  # which is no step of the warm-up
 
 
+def dense_vae(subclass=keras.Model, activation="sigmoid", **options):
+    """A VAE whose posterior does not depend on the image, N(0, e), and whose images, of one bias, not on the latent."""
+    inputs, latents = keras.Input((16, 16, 1)), keras.Input((2,))
+    flat = keras.layers.Flatten()(inputs)
+    heads = [keras.layers.Dense(2, "linear", True, "zeros", start, name=start)(flat) for start in ("zeros", "ones")]
+    grey = keras.layers.Dense(256, "linear", True, "zeros", keras.initializers.Constant(3.0))(latents)
+    images = keras.layers.Activation(activation)(keras.layers.Reshape((16, 16, 1))(grey))
+    return VAE(keras.Model(inputs, heads), subclass(latents, images), **options)
+
+
+def test_beta_and_the_warm_up_may_change_while_training_goes_on(images):
+    """They take effect with the next step, in a trace that was made with others, and in what is told."""
+    vae = dense_vae()
+    bias, betas, start = vae.encoder.get_layer("ones").bias, (1.0, 3.0, 0.5), vae.get_weights()
+
+    class Changes(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            vae.beta = betas[epoch]
+            vae.set_weights(start)
+
+        def on_epoch_end(self, epoch, logs=None):
+            np.testing.assert_allclose(to_numpy(bias), 1 - 0.1 * betas[epoch] * (np.e - 1) / 2, rtol=1e-5)
+            assert logs["loss"] == pytest.approx(logs["reconstruction"] + betas[epoch] * logs["kl"], rel=1e-5)
+
+    vae.compile(keras.optimizers.SGD(0.1))
+    vae.fit(images, batch_size=48, epochs=3, verbose=0, callbacks=[Changes()])
+    vae.kl_warmup_steps = 10  # of which this is the first
+    vae.set_weights(start)
+    vae.train_on_batch(images)
+    np.testing.assert_array_equal(to_numpy(bias), 1)
+
+
+def test_a_decoder_with_a_call_of_its_own_is_trained_as_it_computes(images):
+    class Inverted(keras.Model):
+        def call(self, inputs, training=None, mask=None):
+            return 1.0 - super().call(inputs, training=training, mask=mask)
+
+    vae = dense_vae(Inverted)
+    assert isinstance(vae.decoder, Inverted)
+    np.testing.assert_allclose(vae.predict(images, verbose=0), special.expit(-3.0), rtol=1e-5)
+
+
+def test_a_decoder_of_logits_is_refused():
+    with pytest.raises(ValueError, match=r"decoder's images run from 3 to 3; expected \[0, 1\]: if these are logits"):
+        dense_vae(activation="linear")
+
+
+def test_metrics_compare_reconstructions_with_images_in_one_scale(images):
+    vae, expected = dense_vae(), np.square(images / 255 - special.expit(3.0)).mean()
+    vae.compile("sgd", metrics=["mse"])
+    for given in ((images,), (images, images), (images.astype("float32") / 255,)):
+        figures = vae.evaluate(*given, batch_size=48, verbose=0, return_dict=True)
+        assert figures["mse"] == pytest.approx(expected, rel=1e-5)
+        assert figures["loss"] > 100
+
+
 @pytest.fixture(scope="module")
 def deep_vae():
     """A VAE with loops and dropout, one of whose normalisations has no momentum."""
@@ -155,6 +212,16 @@ def test_calibration_changes_the_moving_averages_alone_and_forgets_what_they_wer
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(deep_vae.get_weights()) == len(keras.models.clone_model(deep_vae).get_weights())
+
+
+def test_calibration_leaves_out_a_part_of_a_batch(deep_vae, images):
+    """Otherwise two images would weigh as much as the sixteen before them."""
+    results = []
+    for count in (16, 18, 2):
+        deep_vae.calibrate(images[:count], batch_size=16)
+        results.append(np.concatenate([value.ravel() for value in values(moving_averages(deep_vae))]))
+    np.testing.assert_array_equal(results[0], results[1])
+    assert not np.allclose(results[0], results[2])
 
 
 def test_calibrated_averages_are_the_batches_moments(deep_vae, images):
@@ -337,7 +404,7 @@ def test_evaluation_repeats_and_takes_grey_levels_or_floats(tiny_vae, images):
     np.testing.assert_array_equal(reconstructions, tiny_vae.predict(images, verbose=0))
 
 
-@pytest.mark.parametrize("method", ["fit", "evaluate", "predict", "calibrate", "train_on_batch", "test_on_batch"])
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict", "calibrate", *BATCH])
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -355,8 +422,9 @@ def test_evaluation_repeats_and_takes_grey_levels_or_floats(tiny_vae, images):
         ),
         (lambda x: x.repeat(3, axis=-1), r"shape \(.*, 16, 16, 3\); expected \(batch, 16, 16, 1\)"),
         (lambda x: x[:0], "there are no images; expected one or more"),
+        (lambda x: {"image": x}, "images are given as a dict; expected one array or tensor of them"),
     ],
-    ids=["floats", "a tensor", "NaN", "uint16", "0 and 1", "no channel", "channels", "none"],
+    ids=["floats", "a tensor", "NaN", "uint16", "0 and 1", "no channel", "channels", "none", "a dict"],
 )
 def test_what_are_no_images_is_refused_and_the_network_stays(tiny_vae, images, method, spoil, told):
     before = values(tiny_vae.variables)
