@@ -234,6 +234,9 @@ def _refuse(word, arguments):
 def main():
     """Run the command line; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if sys.stdout is None:  # closed, as by >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII
     arguments, rest = _parser().parse_known_args()
     try:
         if rest:

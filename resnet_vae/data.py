@@ -41,7 +41,7 @@ class Data:
     `validation` is a part of the original training images, or the test images themselves, by config.validation.
     `fingerprint` is a SHA-256 over all the images before the split. `labels` are three arrays of class numbers,
     (images,), for train, validation and test, or None where there are none that can be used; `no_labels` then says why.
-    `classes` are the classes' names.
+    `classes` are the classes' names. `test_held_out`: the set has no test images of its own.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Data:
     labels: tuple | None = None
     classes: tuple = ()
     no_labels: str = ""
+    test_held_out: bool = False
 
     @property
     def image_shape(self):
@@ -101,8 +102,8 @@ def load_data(config):
         for part in parts:
             part.images = _resize(part.images, shape)
     _check(name, train.images, "training")
-    digest = _fingerprint(train, test)
-    if test is None:
+    digest, held_out = _fingerprint(train, test), test is None
+    if held_out:
         train, test = _hold_out(name, train, len(train.images) // 10, config.seed)
     _check(name, test.images, "test")
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -115,7 +116,7 @@ def load_data(config):
         train, validation = _hold_out(name, train, min(HELD_OUT, len(train.images) // 10), config.seed)
     parts = (train, validation, test)
     labels = None if no_labels else tuple(part.labels for part in parts)
-    return Data(Path(name).name, *(part.images for part in parts), digest, labels, classes, no_labels)
+    return Data(Path(name).name, *(part.images for part in parts), digest, labels, classes, no_labels, held_out)
 
 
 def _fingerprint(*parts):

@@ -5,11 +5,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.config import DATASETS
-from resnet_vae.records import PICTURES, whole
+from resnet_vae.records import PICTURES, natural, whole
 from resnet_vae.results import POST, SHOWN, swept, told
 
 SAMPLES_SEED = 0
@@ -129,7 +130,7 @@ def losses_by_epoch(runs):
     for axes in (first, *late):
         for number, run in enumerate(runs):
             rows = run.history[len(run.history) // 2 :] if axes in late else run.history
-            epochs, color = [row["epoch"] for row in rows], f"C{number % 10}"
+            epochs, color = [row["epoch"] for row in rows], _color(number, len(runs))
             label = ", ".join([describe(run), *_swept(run, runs)])
             axes.plot(epochs, [row["val_loss"] for row in rows], ".-", color=color, label=label)
             axes.plot(epochs, [row["loss"] for row in rows], f"{marker}--", color=color)
@@ -141,6 +142,11 @@ def losses_by_epoch(runs):
         axes.set(title="each run's second half", ylabel="")
     _finish(figure, ".", marker)
     return figure
+
+
+def _color(number, count):
+    """The color of a line: of up to ten Matplotlib's own, of more evenly over its map turbo."""
+    return f"C{number}" if count <= 10 else colormaps["turbo"](number / (count - 1))
 
 
 def whole_epochs(axes):
@@ -176,9 +182,9 @@ def losses_by_depth(runs):
         told = [*(["ours"] if posts else []), run.config.loss_meaning, *_swept(run, runs)]
         lines.setdefault(", ".join(told), []).append(run)
     ticks = {run.config.resnet_depth for run in runs} | {row["depth"] for row in posts}
-    for number, (label, chosen) in enumerate(sorted(lines.items())):
+    for number, (label, chosen) in enumerate(sorted(lines.items(), key=lambda line: natural(line[0]))):
         aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side
-        depths, color = [run.config.resnet_depth + aside for run in chosen], f"C{number % 10}"
+        depths, color = [run.config.resnet_depth + aside for run in chosen], _color(number, len(lines))
         epochs = [f"{run.metrics['epochs']}" for run in chosen]
         told = f"{label} ({', '.join(epochs)} epochs)" if len(set(epochs)) > 1 else label
         axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=told)

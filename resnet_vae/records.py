@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -145,7 +146,12 @@ def read_sweep(folder):
     check_sweep(folder)
     if not runs:
         raise RecordError(f"{folder} has no finished runs below it; expected folders with a metrics.json")
-    return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, run.folder.name))
+    return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, natural(run.folder.name)))
+
+
+def natural(name):
+    """A key that sorts names by the numbers in them: seed-2 before seed-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
 
 
 def check_sweep(folder):
@@ -228,9 +234,14 @@ def lacks_pictures(folder):
     return (folder / "model.keras").exists() and not all((folder / f"{name}.png").exists() for name in PICTURES)
 
 
+def json_text(values):
+    """Values as JSON text."""
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path, values):
     """Write values as JSON, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(values))
 
 
 def sha256_of(path):

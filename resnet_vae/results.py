@@ -3,10 +3,22 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from resnet_vae.config import UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
 from resnet_vae.devices import devices, precision, settle
-from resnet_vae.records import check_data, csv_text, environment, model_of, read_run, read_sweep, write_json, write_text
+from resnet_vae.records import (
+    check_data,
+    csv_text,
+    environment,
+    model_of,
+    read_json,
+    read_run,
+    read_sweep,
+    write_json,
+    write_text,
+)
 
 # Table 1 of the post (https://bjlkeng.io/posts/residual-networks/), with the KL and the log-loss of the last
 # validation from its executed notebooks. CIFAR-10 at full width on a GTX 1070; the post's objective.
@@ -77,6 +89,8 @@ def load_data_of(run):
 def evaluate_run(folder, dataset):
     """Evaluate a finished run on the test images of another data set, brought to the run's image shape.
 
+    On all of its images where it has no test images of its own, unless the run was trained on it.
+
     Args:
         folder: the run's.
         dataset: as `Config.dataset`.
@@ -85,6 +99,9 @@ def evaluate_run(folder, dataset):
         A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
         objective's figures, the precision they were computed in, and what on ("ran_on", as in provenance.json). It is
         also written to evaluation-NAME.json in the run's folder.
+
+    Raises:
+        UserError: the run or the data cannot be had, or that file holds the figures of other images.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
@@ -94,18 +111,28 @@ def evaluate_run(folder, dataset):
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
+    path = run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json"
+    former = read_json(path).get("fingerprint") if path.exists() else data.fingerprint
+    if former != data.fingerprint:
+        raise UserError(
+            f"{path} holds the figures of other images (fingerprint {str(former)[:12]} there, {data.fingerprint[:12]} "
+            f"here); give {dataset} another name, or move that file away"
+        )
+    images = data.test
+    if data.test_held_out and data.fingerprint != run.provenance["data"]["fingerprint"]:
+        images = np.concatenate([data.train, data.test])
     result = {
         "dataset": dataset,
         "data": data.name,
         "fingerprint": data.fingerprint,
         "loss_is": run.config.loss_meaning,
-        "images": len(data.test),
-        "floor": entropy_floor(data.test),
-        **evaluate(vae, data.test, run.config.batch_size),
+        "images": len(images),
+        "floor": entropy_floor(images),
+        **evaluate(vae, images, run.config.batch_size),
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json", result)
+    write_json(path, result)
     return result
 
 

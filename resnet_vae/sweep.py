@@ -79,6 +79,8 @@ def _combinations(environ):
     problems += [f"SWEEP names {name} twice" for name in set(swept) if swept.count(name) > 1]
     if "DEPTHS" not in swept and "DEPTHS" in environ:
         problems.append(f'DEPTHS is set and SWEEP does not name it; expected SWEEP="{" ".join(swept)} DEPTHS"')
+    if {"DEPTHS", "EPOCHS"} <= set(swept) and ":" in lists["DEPTHS"]:
+        problems.append("SWEEP names EPOCHS, and DEPTHS has epochs of its own; expected depths alone, as DEPTHS=28")
     if "DEPTHS" in swept and "RESNET_DEPTH" in environ:
         depths = lists["RESNET_DEPTH"].strip()
         problems.append(f'RESNET_DEPTH is set, and a sweep\'s depths are DEPTHS; expected DEPTHS="{depths}" instead')

@@ -28,6 +28,7 @@ from resnet_vae.records import (
     csv_text,
     environment,
     is_finished,
+    json_text,
     sha256_of,
     whole,
     write_json,
@@ -521,7 +522,8 @@ def _train(config, data, folder):
         "test": evaluate(vae, data.test, config.batch_size),
         "test_floor": entropy_floor(data.test),
     }
-    files = ("config.json", "history.csv", "model.keras")
+    files = {name: sha256_of(folder / name) for name in ("config.json", "history.csv", "model.keras")}
+    files["metrics.json"] = hashlib.sha256(json_text(metrics).encode()).hexdigest()
     write_json(
         folder / "provenance.json",
         {
@@ -541,7 +543,7 @@ def _train(config, data, folder):
                 "validation": len(data.validation),
                 "test": len(data.test),
             },
-            "files": {name: sha256_of(folder / name) for name in files},
+            "files": files,
         },
     )
     write_json(folder / "metrics.json", metrics)  # it marks the run as finished

@@ -39,15 +39,19 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
             return super().preprocess(nb, resources, km)
         except BaseException as error:
             path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
-            nbformat.write(self.nb, path)
+            kept = f"as far as it came is {path}"
+            try:
+                nbformat.write(self.nb, path)
+            except OSError as problem:  # as on a full disk
+                kept = f"cannot be written to {path}: {problem.strerror}"
             if self.stopped_by:
-                print(f"interrupted; the notebook as far as it came is {path}", file=sys.stderr)
+                print(f"interrupted; the notebook {kept}", file=sys.stderr)
                 sys.exit(128 + self.stopped_by)
             if self.exit_code is not None:
                 print(f"error: {error.evalue}", file=sys.stderr)
                 sys.exit(self.exit_code)
             if isinstance(error, CellExecutionError | CellTimeoutError | DeadKernelError):
-                sys.exit(f"{error}\nerror: the notebook failed; as far as it came it is {path}")
+                sys.exit(f"{error}\nerror: a cell failed; the notebook {kept}")
             raise
 
     def preprocess_cell(self, cell, resources, index):
@@ -81,7 +85,9 @@ c.NotebookExporter.default_preprocessors = [
 ]
 c.LiveExecutePreprocessor.shutdown_kernel = "immediate"  # interrupted first, it may end in a stack trace of its own
 # No ports: nobody else on the machine can talk to the kernel. In a folder of its own, since Jupyter's sockets would
-# otherwise lie in the folder it is started in, where those of another notebook have the same names.
-sockets = tempfile.TemporaryDirectory(prefix="kernel-")
+# otherwise lie in the folder it is started in, where those of another notebook have the same names. Their paths must be
+# short, which TMPDIR may not be.
+long = len(tempfile.gettempdir()) > 80
+sockets = tempfile.TemporaryDirectory(prefix="kernel-", dir="/tmp" if long else None)
 c.KernelManager.transport = "ipc"
 c.KernelManager.ip = str(Path(sockets.name, "socket"))

@@ -11,7 +11,7 @@
 # trained, 130 or 143 when interrupted.
 set -uo pipefail
 
-scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
 sweep=${1:-runs/sweep}

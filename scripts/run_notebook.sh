@@ -6,7 +6,7 @@
 # the exit code is not 0: 2 for a mistake in the settings or the data, 4 for a folder in use, 130 or 143 when interrupted.
 set -euo pipefail
 
-scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 2 "$@"
 if [ $# -lt 1 ] || [ ! -f "$1" ]; then
@@ -18,8 +18,8 @@ export OUTDIR=${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}
 export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 export NOTEBOOK_FOLDER=$OUTDIR
 "${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message
-if ! mkdir -p "$OUTDIR" 2> /dev/null; then
-  echo "error: OUTDIR is '$OUTDIR', which cannot be made; expected a folder that can be written" >&2
+if ! mkdir -p "$OUTDIR" 2> /dev/null || [ ! -w "$OUTDIR" ]; then
+  echo "error: OUTDIR is '$OUTDIR', which cannot be made or written; expected a folder that can be written" >&2
   exit 2
 fi
 exec "${PYTHON:-python}" -m jupyter nbconvert --config "$scripts/nbconvert_config.py" --log-level=WARN --to notebook \

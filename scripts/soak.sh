@@ -7,7 +7,7 @@
 # Exit code: 0 if nothing differs.
 set -uo pipefail
 
-scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
 folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak

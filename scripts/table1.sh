@@ -9,7 +9,7 @@
 # these settings: it runs unattended, and after an interruption the same command goes on.
 set -euo pipefail
 
-scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
 folder=${1:-runs/table1}

@@ -383,3 +383,29 @@ def test_readme_has_every_field_with_its_default():
     for name, field in Config.model_fields.items():
         default = "" if field.default in (None, "", ()) else field.default
         assert f"| `{name.upper()}` | {default} | {PUBLISHED.get(name, '')} | {field.description} |" in readme
+
+
+def test_output_that_is_closed_or_ascii():
+    command = f"{sys.executable} -m resnet_vae config"
+    for redirected, environ in (("", {"PYTHONIOENCODING": "ascii"}), (">&-", {})):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {redirected}"],
+            env=os.environ | environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("resnet_depth" in done.stdout.lower()) != bool(redirected)
+
+
+def test_what_does_not_make_another_run():
+    assert set(Config.model_fields) - set(Config().recipe()) == {"outdir", "cmdline", "remat", "checkpoint_seconds"}
+
+
+def test_no_bound_is_called_one():
+    assert [Config(beta=beta).loss_meaning for beta in (0.5, 2.0)] == ["beta 0.5: no bound", "beta 2: no bound"]
+
+
+def test_a_blank_variable_is_not_set():
+    assert Config.from_env({"EPOCHS": " "}).epochs == 100

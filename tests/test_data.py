@@ -600,3 +600,23 @@ def test_a_cached_archive_that_is_not_the_right_one(tmp_path, monkeypatch, conte
     ) as error:
         load("cifar10")
     assert "\n" not in str(error.value)
+
+
+def test_brightness_changes_and_each_image_about_its_own_mean():
+    even = np.full((256, 8, 8, 1), 150, "uint8")
+    even[::2] = 60
+    ratio = augment(even, ("color",), np.random.default_rng(1)).mean((1, 2, 3)) / even.mean((1, 2, 3))
+    assert 0.62 < ratio.min() < 0.75
+    assert 1.25 < ratio.max() < 1.46
+
+
+def test_one_image_in_two_is_flipped():
+    images = np.zeros((1000, 8, 8, 1), "uint8")
+    images[:, :, 0] = 255
+    flipped = augment(images, ("flip",), np.random.default_rng(1))[:, 0, -1, 0] == 255
+    assert 0.45 < flipped.mean() < 0.55
+
+
+def test_floats_are_rounded_to_grey_levels(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.full((20, 8, 8), 0.999))
+    assert (load_data(Config(dataset=str(tmp_path / "a.npz"))).train == 255).all()

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.image import imread, imsave
 
 from resnet_vae import Config
@@ -20,7 +21,7 @@ from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
 from resnet_vae.records import FIGURES, Run, read_sweep, whole
-from resnet_vae.results import table_rows, write_table
+from resnet_vae.results import swept, table_rows, write_table
 from resnet_vae.verify import verify
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -485,3 +486,49 @@ def test_the_readmes_table_is_a_recorded_one():
         for row in rows:
             _, name, cells = row.split("|", 2)
             assert f"| {label if name.startswith(' objective') else name.strip()} |{cells}" in readme
+
+
+def test_one_run_of_each_validation_is_told(tmp_path):
+    for depth, validation in ((28, "test"), (40, "holdout")):
+        write_run(tmp_path / str(depth), depth, 1850.0, validation=validation)
+    assert "VALIDATION=test" in write_table(tmp_path)
+
+
+def test_a_setting_is_swept_though_the_last_run_has_the_firsts(tmp_path):
+    for depth, shortcut in ((28, "pad"), (40, "none"), (70, "pad")):
+        write_run(tmp_path / str(depth), depth, 1850.0, shortcut=shortcut)
+    assert swept(read_sweep(tmp_path)) == ["shortcut"]
+
+
+def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    for seed in (10, 2, 1):
+        write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
+    assert [run.config.seed for run in read_sweep(tmp_path)] == [1, 2, 10]
+
+
+def test_more_than_ten_lines_have_colors_of_their_own(tmp_path):
+    for seed in range(12):
+        write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
+    for figure in of_sweep(read_sweep(tmp_path)).values():
+        lines = [line for line in figure.axes[0].get_lines() if "seed" in line.get_label()]
+        assert len({to_hex(line.get_color()) for line in lines}) == len(lines) == 12
+
+
+def test_images_of_two_data_sets_may_differ(tmp_path):
+    for depth, name in ((28, "a"), (40, "b")):
+        write_run(tmp_path / name, depth, 1850.0, name)
+        provenance = {"data": {"name": name, "fingerprint": 9 * name}}
+        (tmp_path / name / "provenance.json").write_text(json.dumps(provenance))
+    assert "not the same in all rows" not in write_table(tmp_path)
+
+
+def test_verify_adds_up_evaluations(tmp_path):
+    copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
+    (copy / "depth-28" / "evaluation-x.json").write_text(json.dumps({"loss": 3.0, "reconstruction": 1.0, "kl": 1.0}))
+    assert "evaluation-x.json has a loss that is not" in "\n".join(verify(copy))
+
+
+def test_verify_adds_up_with_the_runs_beta(tmp_path):
+    copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
+    change("depth-28/config.json", '"beta": 1.0', '"beta": 0.5')(copy)
+    assert "a loss that is not reconstruction + beta × KL" in "\n".join(verify(copy))

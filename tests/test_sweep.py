@@ -69,6 +69,7 @@ MISTAKES = {
     "DEPTHS=28,40": "DEPTHS holds 28,40; expected depths as 28",
     "DEPTHS=28+30": "resnet_depth is '30'",
     "DEPTHS=28:1+28:2": "depth-28 is there twice",
+    "SWEEP=EPOCHS+DEPTHS EPOCHS=5 DEPTHS=28:20": "SWEEP names EPOCHS, and DEPTHS has epochs of its own",
     "SWEEP=WIDTH WIDTH=1+1.0": "width-1 and width-1.0 are the same run",
     "SWEEP=REMAT REMAT=0+1": "remat-0 and remat-1 are the same run",
     "SWEEP=OUTDIR OUTDIR=a+b": "SWEEP names OUTDIR; expected DEPTHS or settings",
@@ -304,3 +305,19 @@ def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, to
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(told)
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", "run_notebook.sh", "table1.sh", "soak.sh"])
+def test_scripts_are_found_through_links_and_whatever_cdpath_is(script, tmp_path):
+    (tmp_path / "link.sh").symlink_to(SCRIPTS / script)
+    for command in ([tmp_path / "link.sh", "--help"], [f"scripts/{script}", "--help"]):
+        done = subprocess.run(
+            command,
+            cwd=SCRIPTS.parent,
+            env=os.environ | {"PYTHON": sys.executable, "CDPATH": f".:{SCRIPTS.parent}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert script in done.stdout

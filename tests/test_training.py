@@ -32,8 +32,8 @@ from resnet_vae.config import UserError
 from resnet_vae.data import DataError, entropy_floor
 from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
-from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, sha256_of
-from resnet_vae.results import evaluate_run
+from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, sha256_of, write_json
+from resnet_vae.results import evaluate_run, write_table
 from resnet_vae.training import (
     COLUMNS,
     MODULES,
@@ -49,6 +49,7 @@ from resnet_vae.training import (
     without_progress,
 )
 from resnet_vae.vae import VAE
+from resnet_vae.verify import differences, verify
 
 RNG = np.random.default_rng(0)
 
@@ -243,7 +244,7 @@ def test_a_finished_run_is_recorded_whole(finished_run):
     assert run.metrics["hours"] * 3600 == pytest.approx(told["seconds"])
     assert told["seconds_per_epoch"] == pytest.approx(told["seconds"] / 3)
     assert told["images_per_second"] == pytest.approx(3 * 20 * 64 / told["seconds"])
-    assert told["files"] == {name: sha256_of(finished_run / name) for name in names - {"metrics.json", PROVENANCE}}
+    assert told["files"] == {name: sha256_of(finished_run / name) for name in names - {PROVENANCE}}
     origins = json.loads((finished_run / "config.json").read_text())["origins"]
     assert origins["width"] == "given"
     assert origins["beta"] == "default"
@@ -934,3 +935,136 @@ def test_history_is_one_row_an_epoch(finished_run):
         "seconds",
         "rollbacks",
     }
+
+
+def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_run, tmp_path):
+    """Or else runs of other seeds would be evaluated on other images; and not in place of images of the same name."""
+    images = RNG.integers(0, 256, (30, 16, 16, 1), "uint8")
+    np.savez(tmp_path / "all.npz", images=images)
+    result = evaluate_run(copied_run, str(tmp_path / "all.npz"))
+    assert result["images"] == 30
+    assert result["floor"] == pytest.approx(entropy_floor(images))
+    np.savez(tmp_path / "all.npz", images=images[1:])
+    with pytest.raises(UserError, match=r"evaluation-all.json holds the figures of other images \(fingerprint"):
+        evaluate_run(copied_run, str(tmp_path / "all.npz"))
+    assert json.loads((copied_run / "evaluation-all.json").read_text()) == result
+
+
+def test_a_new_process_evaluates_to_the_recorded_figures(tmp_path):
+    """In bfloat16 TensorFlow would round elsewhere after rewriting its graphs, which training does without."""
+    folder = train(Config(**{**TINY, "epochs": 1, "precision": "mixed_bfloat16"}, outdir=str(tmp_path / "run")))
+    subprocess.run([sys.executable, "-m", "resnet_vae", "evaluate", folder, "digits"], check=True, capture_output=True)
+    result = json.loads((folder / "evaluation-digits.json").read_text())
+    assert {name: result[name] for name in FIGURES} == load_run(folder)[0].metrics["test"]
+
+
+def evaluations(monkeypatch, losses):
+    """Have the validations of a training, and then its test, give these losses; returns the kernels that they saw."""
+    kernels = []
+
+    def evaluated(vae, *_):
+        kernels.append(vae.encoder.get_layer("mean").get_weights()[0])
+        return dict.fromkeys(FIGURES, losses[len(kernels) - 1])
+
+    monkeypatch.setattr("resnet_vae.training.evaluate", evaluated)
+    return kernels
+
+
+def test_the_best_epoch_is_the_first_of_equals_and_training_figures_are_its(tmp_path, monkeypatch):
+    kernels = evaluations(monkeypatch, [1.0, 1.0, 2.0, 4.0])
+    run = read_run(train(Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)))
+    assert run.metrics["best_epoch"] == 1
+    np.testing.assert_array_equal(kernels[3], kernels[0])
+    assert run.metrics["train"]["loss"] == pytest.approx(run.history[0]["loss"], rel=1e-5)
+
+
+def test_the_checkpoint_goes_when_the_run_is_finished_and_not_before(tmp_path, monkeypatch):
+    there = []
+
+    def noted(path, values):
+        there.append((path.name, (path.parent / "checkpoint").exists()))
+        write_json(path, values)
+
+    monkeypatch.setattr("resnet_vae.training.write_json", noted)
+    folder = train(Config(**{**TINY, "epochs": 1}, outdir=str(tmp_path / "run"), cmdline=True))
+    assert there[-1] == ("metrics.json", True)
+    assert not (folder / "checkpoint").exists()
+
+
+def test_training_saves_before_an_epochs_last_step_or_with_its_figures_and_puts_handlers_back(tmp_path, monkeypatch):
+    places, before = [], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Training, "save", lambda self: places.append((self.step, self.figures is None)))
+    config = Config(**{**TINY, "epochs": 1, "checkpoint_seconds": 0}, cmdline=True)
+    training = Training(config, load_data(config), tmp_path)
+    training.run()
+    assert (training.steps - 1, True) in places
+    assert (training.steps, True) not in places
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_loss_that_is_lost_in_the_last_step_is_told_at_once(tmp_path, monkeypatch):
+    end = Training.on_train_batch_end
+
+    def diverging(self, batch, logs=None):
+        end(self, batch, logs)
+        if self.step == self.steps:
+            self.loss = float("nan")
+
+    monkeypatch.setattr(Training, "on_train_batch_end", diverging)
+    config = Config(**TINY, cmdline=True)
+    training = Training(config, load_data(config), tmp_path)
+    with pytest.raises(DivergenceError, match=f"the loss is nan in epoch 1, step {training.steps}"):
+        training.run()
+    assert not training.rows
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_determinism_is_asked_for_and_partial_files_go(tmp_path, monkeypatch, deterministic):
+    asked = []
+
+    def stop(*_):
+        raise DivergenceError("stop")
+
+    monkeypatch.setattr("resnet_vae.training.be_deterministic", lambda: asked.append(1))
+    monkeypatch.setattr(Training, "__init__", stop)
+    (tmp_path / "partial-1-model.keras").touch()
+    with pytest.raises(DivergenceError):
+        train(Config(**TINY, outdir=str(tmp_path), deterministic=deterministic, cmdline=True))
+    assert bool(asked) == deterministic
+    assert not (tmp_path / "partial-1-model.keras").exists()
+
+
+def test_the_plateau_is_of_the_validation_loss(tmp_path):
+    config = Config(**{**TINY, "schedule": "plateau", "learning_rate": 0.25, "norm_batches": 0}, cmdline=True)
+    training = Training(config, load_data(config), tmp_path)
+    training.rows = [{**dict.fromkeys(COLUMNS, 1.0), "val_loss": 1.0, "loss": 100.0 - n} for n in range(26)]
+    training.step = training.steps - 1
+    training._run_epoch()
+    assert training.rows[-1]["learning_rate"] == pytest.approx(0.125)
+
+
+def test_a_schedule_without_warm_up_begins_at_its_rate():
+    config = Config(**{**TINY, "warmup_steps": 0, "epochs": 2, "learning_rate": 0.3})
+    vae = build_vae(config)
+    compile_vae(vae, config, steps_per_epoch=4)
+    for step, rate in ((0, 0.3), (4, 0.15), (8, 0.0)):
+        vae.optimizer.iterations.assign(step)
+        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
+
+
+def test_a_column_that_one_run_lacks_is_a_difference(finished_run, tmp_path):
+    copy = shutil.copytree(finished_run, tmp_path / "copy")
+    history = copy / "history.csv"
+    history.write_text("\n".join(line.rpartition(",")[0] for line in history.read_text().splitlines()) + "\n")
+    assert differences(finished_run, copy) == differences(copy, finished_run) == ["history rollbacks"]
+
+
+def test_an_altered_test_loss_is_told(finished_run, tmp_path):
+    """Where it adds up, and stands in no other file, too."""
+    copy = shutil.copytree(finished_run, tmp_path / "sweep" / "depth-28")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    for name in ("loss", "reconstruction"):
+        metrics["test"][name] -= 10
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    write_table(copy.parent)
+    assert "metrics.json is not the file that was written" in "\n".join(verify(copy.parent))

@@ -214,6 +214,18 @@ def test_calibration_changes_the_moving_averages_alone_and_forgets_what_they_wer
     assert len(deep_vae.get_weights()) == len(keras.models.clone_model(deep_vae).get_weights())
 
 
+def test_calibration_does_not_depend_on_where_the_noise_stands(deep_vae, images):
+    results = []
+    for _ in range(2):
+        deep_vae.calibrate(images, batch_size=16)
+        results.append(values(moving_averages(deep_vae)))
+        for model in (deep_vae.encoder, deep_vae.decoder):
+            model.get_layer("intermediate_dropout")(ops.ones((1, 4)), training=True)
+        deep_vae.sampler(ops.zeros((1, 8)), ops.zeros((1, 8)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_calibration_leaves_out_a_part_of_a_batch(deep_vae, images):
     """Otherwise two images would weigh as much as the sixteen before them."""
     results = []
@@ -300,7 +312,8 @@ def test_calibration_leaves_frozen_normalisations_alone(deep_vae, images):
 
 
 def test_entropy_floor_is_the_score_of_a_perfect_reconstruction():
-    images = RNG.integers(0, 256, (7, 8, 8, 3), "uint8")
+    """Also of more images than are looked at at once."""
+    images = RNG.integers(0, 256, (2100, 4, 4, 3), "uint8")
     levels = images / 255
     expected = stats.bernoulli(levels).entropy().sum() / len(images)
     assert entropy_floor(images) == pytest.approx(expected, rel=1e-9)
@@ -341,6 +354,38 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
     minimised = float(to_numpy(vae.compute_loss(images[:20], training=False)))
     kl, reconstruction, *_ = (float(to_numpy(part)) for part in vae.losses)
     assert minimised == pytest.approx(reconstruction + beta * kl + penalty, rel=1e-5)
+
+
+def test_an_uneven_last_batch_counts_by_its_images(images):
+    vae = build_vae(Config(**TINY, initialization="published"))
+    vae.decoder.get_layer("image").bias.assign([2.0])  # so that dark images have other losses
+    vae.compile()
+    mixed = np.concatenate([images[:40], np.zeros((8, 16, 16, 1), "uint8")])
+    mean, log_var = (to_numpy(head) for head in vae.encoder.predict(mixed, verbose=0))
+    kl = 0.5 * (mean**2 + np.exp(log_var) - log_var - 1).sum(1)
+    parts = [vae.evaluate(part, verbose=0, return_dict=True) for part in (mixed[:40], mixed[40:])]
+    reconstruction = np.array([figures["reconstruction"] for figures in parts])
+    assert abs(kl[40:].mean() - kl[:40].mean()) > 0.1 * kl.mean()
+    figures = vae.evaluate(mixed, batch_size=40, verbose=0, return_dict=True)
+    assert figures["kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert figures["reconstruction"] == pytest.approx(reconstruction @ [40, 8] / 48, rel=1e-3)
+    assert abs(reconstruction[0] - reconstruction[1]) > 0.1 * reconstruction.mean()
+
+
+def test_heads_take_the_average_over_positions_and_means_start_at_random():
+    encoder = networks.build_encoder(Config(**TINY), (16, 24, 1))
+    assert encoder.get_layer("position_average").scale == pytest.approx(1 / 6)
+    assert np.any(encoder.get_layer("mean").get_weights()[0])
+
+
+def test_a_stem_is_the_first_convolution_where_the_order_is_pre():
+    names = {layer.name for layer in networks.build_encoder(Config(**TINY, order="pre", stem=1), (16, 16, 1)).layers}
+    assert "first_convolution" not in names
+
+
+def test_blocks_without_shortcuts_are_not_cut_off():
+    vae = build_vae(Config(**TINY, resnet_depth=40, shortcut="none"))
+    assert {layer.gain for layer in vae._flatten_layers() if isinstance(layer, ResidualBlock)} == {1.0}
 
 
 def test_log_variances_are_limited():

@@ -267,7 +267,7 @@ def draw_contours(rows, paths):
         above.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)
-        below.set(title=f"training's path: {path[0]['share']:.0%} in this plane", xlabel="first principal component")
+        below.set(title=f"path of training ({path[0]['share']:.0%} in plane)", xlabel="first principal component")
     grid[0, 0].set_ylabel("second random direction")
     grid[1, 0].set_ylabel("second principal component")
     return figure
