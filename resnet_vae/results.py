@@ -13,7 +13,6 @@ from resnet_vae.records import (
     csv_text,
     environment,
     model_of,
-    read_json,
     read_run,
     read_sweep,
     write_json,
@@ -99,9 +98,6 @@ def evaluate_run(folder, dataset):
         A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
         objective's figures, the precision they were computed in, and what on ("ran_on", as in provenance.json). It is
         also written to evaluation-NAME.json in the run's folder.
-
-    Raises:
-        UserError: the run or the data cannot be had, or that file holds the figures of other images.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
@@ -111,13 +107,6 @@ def evaluate_run(folder, dataset):
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
-    path = run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json"
-    former = read_json(path).get("fingerprint") if path.exists() else data.fingerprint
-    if former != data.fingerprint:
-        raise UserError(
-            f"{path} holds the figures of other images (fingerprint {str(former)[:12]} there, {data.fingerprint[:12]} "
-            f"here); give {dataset} another name, or move that file away"
-        )
     images = data.test
     if data.test_held_out and data.fingerprint != run.provenance["data"]["fingerprint"]:
         images = np.concatenate([data.train, data.test])
@@ -132,7 +121,7 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(path, result)
+    write_json(run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json", result)
     return result
 
 

@@ -26,7 +26,7 @@ def take_over(target, source):
         The paths of the target's weights that were not copied as they are.
 
     Raises:
-        ValueError: the networks differ in more than that.
+        ValueError: the networks differ in more than that, or their first block passes the image itself on ("pad").
     """
     for model in (target, source):
         if hasattr(model, "encoder"):
@@ -44,6 +44,12 @@ def take_over(target, source):
             changed.append(ours.path)
             layer = ours.path.split("/")[-2]
             if len(ours.shape) == 4 and (ours.shape[2], theirs.shape[2]) == channels:
+                block = next((each for each in target.layers if each.name in ours.path.split("/")), None)
+                if getattr(block, "shortcut_kind", None) == "pad":
+                    raise ValueError(
+                        f"{block.name} passes the image's channels on as they are, by its shortcut pad, and no weights "
+                        "bring others to the same; take networks with a stem (STEM=1) or another shortcut"
+                    )
                 value = (value.sum(2, keepdims=True) / channels[0]).repeat(channels[0], axis=2)
             elif layer == target.layers[-1].name:
                 value = ops.convert_to_numpy(ours)

@@ -80,6 +80,16 @@ def test_other_channels_keep_what_grey_pictures_give(network, channels):
         np.testing.assert_allclose(three, one, rtol=1e-4, atol=1e-5)
 
 
+def test_a_first_block_that_passes_the_image_on_is_refused():
+    """Three grey channels would be three times as many features as one."""
+    target, source = (build_vae(Config(**TINY, shortcut="pad"), (8, 8, count)).encoder for count in (3, 1))
+    before = [keras.ops.convert_to_numpy(weight) for weight in target.weights]
+    with pytest.raises(ValueError, match="stage1_block1 passes the image's channels on as they are, by its"):
+        take_over(target, source)
+    for weight, value in zip(target.weights, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), value)
+
+
 @pytest.mark.parametrize("channels", [(1, 3), (3, 1)])
 def test_a_decoder_of_other_channels_has_the_mean_of_the_logits_in_all_of_them(channels):
     source, target = (build_vae(Config(**TINY), (8, 8, count)).decoder for count in channels)
