@@ -236,7 +236,8 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if sys.stdout is None:  # closed, as by >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
-    sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII
+    if hasattr(sys.stdout, "reconfigure"):  # which a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII
     arguments, rest = _parser().parse_known_args()
     try:
         if rest:

@@ -145,7 +145,7 @@ def losses_by_epoch(runs):
 
 
 def _color(number, count):
-    """The color of a line: of up to ten Matplotlib's own, of more evenly over its map turbo."""
+    """The colour of a line: of up to ten Matplotlib's own, of more evenly over its map turbo."""
     return f"C{number}" if count <= 10 else colormaps["turbo"](number / (count - 1))
 
 

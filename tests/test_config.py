@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import processor_seconds
 from pydantic import ValidationError
-from test_results import write_run
+from test_results import RESULTS, write_run
 
 from resnet_vae import Config
 from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
-from resnet_vae.experiments.settings import NOTEBOOKS, Degradation, Euler, Landscape, Transfer
+from resnet_vae.experiments.settings import NOTEBOOKS, Degradation, Euler, Landscape, Preactivation, Transfer
 
 
 def test_depths_of_the_table_have_the_posts_blocks():
@@ -409,3 +409,15 @@ def test_no_bound_is_called_one():
 
 def test_a_blank_variable_is_not_set():
     assert Config.from_env({"EPOCHS": " "}).epochs == 100
+
+
+def test_an_experiment_does_not_write_into_anothers_record():
+    for folder, told in (
+        ("gradients", "it holds the record of gradients; expected another folder"),
+        ("scaling", "it holds the record of a benchmark; expected another folder"),
+        ("calm/depth-28", "it is the folder of a run; expected another one"),
+    ):
+        with pytest.raises(ConfigError, match=f"outdir is '.*{folder}': {told}"):
+            Euler.from_env({"OUTDIR": str(RESULTS / folder)})
+    for kind, folder in ((Euler, "euler"), (Preactivation, "preactivation")):
+        assert kind.from_env({"OUTDIR": str(RESULTS / folder)}).folder == RESULTS / folder

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from resnet_vae.config import (
     IMAGENET,
@@ -17,6 +17,7 @@ from resnet_vae.config import (
     did_you_mean,
     parse_words,
 )
+from resnet_vae.records import read_json
 
 NETWORKS = ("classifier", "VAE")
 KINDS = {  # and their options; "zero-init" has residual blocks that start as the identity
@@ -62,6 +63,19 @@ class Experiment(Settings):
     """What all settings of experiments have in common."""
 
     outdir: PathText = Field("", description="the record's folder (default: runs/ and the experiment's name)")
+
+    @field_validator("outdir")
+    @classmethod
+    def _check_outdir(cls, outdir):
+        """Refuse a folder whose record would be overwritten or counted as this one's."""
+        folder = Path(outdir).expanduser()
+        if outdir and (folder / "config.json").exists():
+            raise ValueError("it is the folder of a run; expected another one")
+        if outdir and (folder / "record.json").exists():
+            experiment = read_json(folder / "record.json").get("experiment")
+            if experiment not in {each.__name__.lower() for each in cls.__mro__}:
+                raise ValueError(f"it holds the record of {experiment or 'a benchmark'}; expected another folder")
+        return outdir
 
     @property
     def folder(self):
