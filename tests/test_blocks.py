@@ -307,6 +307,22 @@ def test_frozen_blocks_stay_frozen(again, tmp_path):
     assert [*trained, len(same.trainable_variables)] == [12, 12, 12 + 17 + 12]
 
 
+@pytest.mark.parametrize("kind", ["down", "up", "repeated"])
+def test_a_frozen_block_computes_in_training_as_otherwise(kind):
+    """With its moving averages, which stay as they are, also where normalisations are folded into convolutions."""
+    if kind == "repeated":
+        block = Repeated(2, (3, 4, 5), gain=1.0)
+    else:
+        block = ResidualBlock((3, 4, 8), strides=2, transpose=kind == "up", shortcut="projection", gain=1.0)
+    x = RNG.standard_normal((3, 6, 4, 5)).astype("float32")
+    block(x, training=True)
+    block.trainable = False
+    before, expected = block.get_weights(), keras.ops.convert_to_numpy(block(x, training=False))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(block(x, training=True)), expected)
+    for value, former in zip(block.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, former)
+
+
 def test_frozen_blocks_are_split_and_joined_like_others():
     loop = Repeated(2, (3, 4, 6))
     loop.build((None, 4, 6, 6))
