@@ -66,9 +66,8 @@ def test_the_product_along_the_layers_is_the_gradient(residual, activation):
         [None if shape[0] == shape[1] else RNG.standard_normal(shape) for shape in shapes],
     )
     u, loss_gradient = RNG.standard_normal(5), RNG.standard_normal(2)
-    for layer in range(len(shapes)):
-        expected = automatic(chain, u, loss_gradient, layer)
-        np.testing.assert_allclose(chain.weight_gradient(u, loss_gradient, layer), expected, rtol=1e-10, atol=1e-14)
+    for layer, gradient in enumerate(chain.weight_gradients(u, loss_gradient)):
+        np.testing.assert_allclose(gradient, automatic(chain, u, loss_gradient, layer), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -80,7 +79,7 @@ def test_the_scalar_example_with_two_hidden_layers(residual):
     a = [1 - np.tanh(weight * y) ** 2 for weight, y in zip(w, (y0, y1, y2), strict=True)]
     one = 1.0 if residual else 0.0
     expected = slope * (one + a[2] * w[2]) * (one + a[1] * w[1]) * a[0] * y0
-    assert chain.weight_gradient([u], [slope], 0)[0, 0] == pytest.approx(expected, rel=1e-12)
+    assert chain.weight_gradients([u], [slope])[0][0, 0] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_sigmoid_far_from_zero():
@@ -93,7 +92,7 @@ def test_gradients_vanish_and_explode_and_a_skip_connection_stops_only_the_first
     def first_over_last(scale, residual):
         chain = random_chain(np.random.default_rng(1), 60, 32, scale, residual, "linear")
         u, slope = np.ones(32) / 32, np.ones(32)
-        first, last = (np.linalg.norm(chain.weight_gradient(u, slope, layer)) for layer in (0, 59))
+        first, *_, last = map(np.linalg.norm, chain.weight_gradients(u, slope))
         return first / np.linalg.norm(u) / (last / np.linalg.norm(chain.forward(u)[59]))
 
     assert first_over_last(0.5, residual=False) < 1e-12

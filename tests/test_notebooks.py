@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TINY, once
 
+from resnet_vae.experiments.gradients import CHAIN_WIDTH, of_chain
 from resnet_vae.experiments.record import read_tables
 from resnet_vae.verify import verify
 
@@ -226,7 +227,7 @@ def test_notebook_of_euler_steps(tmp_path):
 def test_notebook_of_gradients(tmp_path):
     """Deep plain chains against residual ones; the networks' layers are all there."""
     small = {"depths": "4,40", "classifier_depths": "20", "vae_depths": "28", "width": 0.0625, "batch_size": 4}
-    rows = run_experiment("gradients", tmp_path, **small)["gradients"]
+    rows = run_experiment("gradients", tmp_path, repetitions=3, **small)["gradients"]
 
     def norms(**chosen):
         return [row["norm"] for row in rows if all(row[key] == value for key, value in chosen.items())]
@@ -238,6 +239,14 @@ def test_notebook_of_gradients(tmp_path):
     assert norms(network=growing, kind="residual", depth=40)[0] > 1e2
     assert len(norms(network="VAE", kind="plain")) == len(norms(network="VAE", kind="residual")) == 24
     assert len(norms(network="classifier", kind="residual")) == 18
+    chains = [row for row in rows if row["network"] == shrinking and row["depth"] == 4 and row["kind"] == "plain"]
+    seeds = np.array([of_chain(4, CHAIN_WIDTH, 0.8, False, seed) for seed in range(3)])
+    for column, reduced in (
+        ("norm", seeds.prod(axis=0) ** (1 / 3)),
+        ("lowest", seeds.min(0)),
+        ("highest", seeds.max(0)),
+    ):
+        np.testing.assert_allclose([row[column] for row in chains], reduced, rtol=1e-6)
 
 
 SMALL = {"width": 0.0625, "epochs": 2, "batch_size": 256, "depth": 8, "vae_depth": 28}

@@ -67,21 +67,20 @@ class Chain:
             for layer, weight in enumerate(self.weights)
         ]
 
-    def weight_gradient(self, u, loss_gradient, layer):
-        """∂L/∂W[layer] by the product along the layers, of the shape of W[layer].
+    def weight_gradients(self, u, loss_gradient):
+        """∂L/∂W of each layer by the product along the layers after it: a list of arrays of the weights' shapes.
 
         Args:
             u: the input.
             loss_gradient: ∂L/∂y[L].
-            layer: from 0.
         """
-        ys = self.forward(u)
-        row = np.asarray(loss_gradient, "float64")
-        for jacobian in self.jacobians(ys)[:layer:-1]:
-            row = row @ jacobian
+        ys, row, gradients = self.forward(u), np.asarray(loss_gradient, "float64"), []
         _, derivative = ACTIVATIONS[self.activation]
-        outer = self.steps[layer] * row * derivative(self.weights[layer] @ ys[layer] + self.biases[layer])
-        return np.outer(outer, ys[layer])
+        for layer, jacobian in reversed(list(enumerate(self.jacobians(ys)))):
+            outer = self.steps[layer] * row * derivative(self.weights[layer] @ ys[layer] + self.biases[layer])
+            gradients.append(np.outer(outer, ys[layer]))
+            row = row @ jacobian
+        return gradients[::-1]
 
 
 def random_chain(rng, depth, width, scale, residual, activation="tanh"):

@@ -16,6 +16,9 @@ from resnet_vae.experiments.networks import build_network, compile_network, inpu
 from resnet_vae.experiments.record import write_experiment
 from resnet_vae.experiments.settings import NETWORKS
 
+FACTORS = (0.8, 1.0, 1.6)  # of the chains' weights, whose standard deviation is this / √width
+CHAIN_WIDTH = 16
+
 
 class GradientProbe(keras.optimizers.Optimizer):
     """An optimizer that changes nothing and keeps the last gradients, on every backend: `gradient_of(variable)`."""
@@ -65,31 +68,36 @@ def of_chain(depth, width, factor, residual, seed=0):
     rng = np.random.default_rng(seed)
     chain = random_chain(rng, depth, width, factor, residual)
     u, slope = rng.standard_normal(width), rng.standard_normal(width)
-    return [float(np.linalg.norm(chain.weight_gradient(u, slope, layer))) for layer in range(depth)]
+    return [float(np.linalg.norm(gradient)) for gradient in chain.weight_gradients(u, slope)]
 
 
 def measure(settings):
-    """Rows: network, kind (plain or residual), depth, layer, norm of the gradient."""
+    """Rows: network, kind (plain or residual), depth, layer, the gradient's norm, and its range over the seeds.
+
+    Of the chains the norm is the geometric mean over the seeds; of the networks it is that of one.
+    """
     rows = []
 
     def add(network, kind, depth, norms):
-        rows.extend(
-            {"network": network, "kind": kind, "depth": depth, "layer": layer, "norm": norm}
-            for layer, norm in enumerate(norms, start=1)
-        )
+        mean = np.exp(np.mean(np.log(norms), axis=0))
+        for layer, values in enumerate(zip(mean, np.min(norms, axis=0), np.max(norms, axis=0), strict=True), start=1):
+            norm, lowest, highest = map(float, values)
+            row = {"network": network, "kind": kind, "depth": depth, "layer": layer}
+            rows.append({**row, "norm": norm, "lowest": lowest, "highest": highest})
 
-    for factor in (0.8, 1.6):
+    seeds = range(settings.seed, settings.seed + settings.repetitions)
+    for factor in FACTORS:
         for depth in settings.depths:
             for residual in (False, True):
-                kind = "residual" if residual else "plain"
-                add(f"chain, weights × {factor}", kind, depth, of_chain(depth, 16, factor, residual, settings.seed))
+                norms = [of_chain(depth, CHAIN_WIDTH, factor, residual, seed) for seed in seeds]
+                add(f"chain, weights × {factor}", "residual" if residual else "plain", depth, norms)
     data = load_labelled(settings)
     batch = data.train[: settings.batch_size], data.labels[0][: settings.batch_size]
     for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
         for kind in ("plain", "residual"):
             for depth in depths:
                 model = build_network(settings, network, kind, depth, data, settings.seed)
-                add(network, kind, depth, of_network(network, model, *batch))
+                add(network, kind, depth, [of_network(network, model, *batch)])
     return rows
 
 
@@ -105,21 +113,39 @@ def figures(tables):
 
 
 def draw(rows):
-    """A panel a network: norm of the gradient against the place of the layer; a line a depth, plain and residual."""
+    """A panel a network: norm of the gradient against the place of the layer, with its range over the seeds.
+
+    A line a depth, plain and residual; the deeper, the thicker.
+    """
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(3.3 * len(networks), 4.3), layout="constrained")
-    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+    figure = Figure(figsize=(9, 3.6 * -(-len(networks) // 3)), layout="constrained")
+    panels = iter(figure.subplots(-(-len(networks) // 3), 3, squeeze=False).flat)
+    for network, axes in zip(networks, panels, strict=False):
         own = [row for row in rows if row["network"] == network]
         depths = sorted({row["depth"] for row in own})
         for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
             for number, depth in enumerate(depths):
-                norms = [row["norm"] for row in own if row["kind"] == kind and row["depth"] == depth]
-                places = np.linspace(0, 1, len(norms))
-                alpha = 0.35 + 0.65 * (number + 1) / len(depths)
-                axes.semilogy(
-                    places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number, label=f"{kind}, {depth} layers"
-                )
-        axes.set(title=network, xlabel="layer, from the first (0) to the last (1)")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=8)
-    figure.axes[0].set_ylabel("gradient norm of a layer's weights")
+                chosen = [row for row in own if row["kind"] == kind and row["depth"] == depth]
+                norms, lowest, highest = ([row[name] for row in chosen] for name in ("norm", "lowest", "highest"))
+                places, alpha = np.linspace(0, 1, len(norms)), 0.35 + 0.65 * (number + 1) / len(depths)
+                axes.semilogy(places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number)
+                if depth == depths[-1]:
+                    axes.fill_between(places, lowest, highest, color=color, alpha=0.15, lw=0)
+        axes.set(title=f"{network}\n{', '.join(map(str, depths))} layers")
+        axes.set_xlabel("layer, first (0) to last (1)")
+    unused = list(panels)  # that zip left
+    for axes in unused:
+        axes.set_axis_off()
+    first = figure.axes[0]
+    for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
+        first.plot([], [], color=color, label=kind)
+    first.plot([], [], color="gray", lw=0.6, label="the shallowest")
+    first.plot([], [], color="gray", lw=0.6 + 0.6 * (len(depths) - 1), label="the deepest")
+    if any(row["lowest"] < row["highest"] for row in rows):
+        first.fill_between([], [], [], color="gray", alpha=0.3, lw=0, label="its range over seeds")
+    if unused:
+        unused[-1].legend(*first.get_legend_handles_labels(), loc="center", frameon=False)
+    else:
+        first.legend(frameon=False)
+    figure.supylabel("norm of the gradient by a layer's weights")
     return figure

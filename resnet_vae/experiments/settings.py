@@ -127,7 +127,8 @@ class Gradients(Networks):
     vae_depths: _some(VAEDepth) = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
     beta: float = Field(1.0, ge=0, description="weight of the VAEs' KL")
     batch_size: int = Field(32, ge=2, description="images")
-    seed: int = Field(0, ge=0, description="of the weights")
+    repetitions: int = Field(30, ge=1, description="chains of each kind, a seed each")
+    seed: int = Field(0, ge=0, description="of the weights; of the chains the first")
 
 
 class Euler(Experiment):
