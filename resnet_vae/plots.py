@@ -15,6 +15,7 @@ from resnet_vae.results import POST, SHOWN, swept, told
 
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
+FEW = 4  # settings that a line's label names
 
 
 def grid(images, columns, title=None, row_labels=None, side=0.55):
@@ -171,31 +172,69 @@ def keep_in_sight(axes, training, others, name):
 def losses_by_depth(runs):
     """Draw the best epoch's losses of a sweep's runs against depth: training dashed, validation solid.
 
-    The post's stand beside them where they may be compared: on CIFAR-10, under its objective. Epochs are named where
-    they differ along a line.
+    Each objective has a panel, in which the post's losses stand beside ours where they may be compared: on CIFAR-10,
+    under its objective. Runs of different numbers of epochs are not joined. Those of one depth, with nothing beside
+    them, stand one below the other.
     """
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot()
+    panels = {}
+    for run in runs:
+        panels.setdefault(run.config.objective, []).append(run)
+    posts = POST if any(_is_cifar10(run) for run in panels.get("published", ())) else ()
+    if len({run.config.resnet_depth for run in runs}) == 1 and not posts:
+        return _one_depth(figure, runs)
+    for axes, (objective, chosen) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], sorted(panels.items()), strict=True
+    ):
+        _by_depth(axes, chosen, runs, posts if objective == "published" else ())
+        if len(panels) > 1:
+            axes.set_title(f"objective {objective}")
+    _finish(figure, "o", "s")
+    return figure
+
+
+def _by_depth(axes, chosen, runs, posts):
+    """Draw the chosen ones of a sweep's runs, and the post's rows, against depth."""
     lines = {}
-    posts = POST if any(run.config.objective == "published" and _is_cifar10(run) for run in runs) else ()
-    for run in sorted(runs, key=lambda run: run.config.resnet_depth):
+    for run in sorted(chosen, key=lambda run: run.config.resnet_depth):
         told = [*(["ours"] if posts else []), run.config.loss_meaning, *_swept(run, runs)]
         lines.setdefault(", ".join(told), []).append(run)
-    ticks = {run.config.resnet_depth for run in runs} | {row["depth"] for row in posts}
-    for number, (label, chosen) in enumerate(sorted(lines.items(), key=lambda line: natural(line[0]))):
-        aside = number - (len(lines) - 1) / 2 if len(ticks) == 1 else 0  # of one depth: side by side
-        depths, color = [run.config.resnet_depth + aside for run in chosen], _color(number, len(lines))
-        epochs = [f"{run.metrics['epochs']}" for run in chosen]
-        told = f"{label} ({', '.join(epochs)} epochs)" if len(set(epochs)) > 1 else label
-        axes.plot(depths, [run.metrics["validation"]["loss"] for run in chosen], "o-", color=color, label=told)
-        axes.plot(depths, [run.metrics["train"]["loss"] for run in chosen], "s--", color=color)
+    for number, (label, line) in enumerate(sorted(lines.items(), key=lambda line: natural(line[0]))):
+        depths, color = [run.config.resnet_depth for run in line], _color(number, len(lines))
+        epochs = [f"{run.metrics['epochs']}" for run in line]
+        joined = len(set(epochs)) == 1
+        validation, training = ([run.metrics[part]["loss"] for run in line] for part in ("validation", "train"))
+        told = f"{label} ({', '.join(epochs[:1] if joined else epochs)} epochs)"
+        axes.plot(depths, validation, "o-" if joined else "o", color=color, label=told)
+        axes.plot(depths, training, "s--" if joined else "s", color=color)
+    ticks = {run.config.resnet_depth for run in chosen} | {row["depth"] for row in posts}
     if posts:
         depths = [row["depth"] for row in posts]
-        axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label="the post's own figures")
+        epochs = [row["epochs"] for row in posts if row["epochs"]]
+        told = f"the post's own figures (each the lowest of {min(epochs)} to {max(epochs)} epochs)"
+        axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label=told)
         axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray")
     axes.set_xticks(sorted(ticks))
     axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
-    _finish(figure, "o", "s")
+
+
+def _one_depth(figure, runs):
+    """Draw the losses of runs of one depth, a row each, in the colours of `losses_by_epoch`."""
+    axes, meanings = figure.add_subplot(), {run.config.loss_meaning for run in runs}
+    for number, run in enumerate(runs):
+        color = _color(number, len(runs))
+        axes.plot(run.metrics["validation"]["loss"], number, "o", color=color)
+        axes.plot(run.metrics["train"]["loss"], number, "s", color=color, fillstyle="none")
+    shown = [", ".join([*([run.config.loss_meaning] if len(meanings) > 1 else []), *_swept(run, runs)]) for run in runs]
+    axes.set_yticks(range(len(runs)), [label or run.folder.name for label, run in zip(shown, runs, strict=True)])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    told = f", {meanings.pop()}" if len(meanings) == 1 else ""
+    axes.set(xlabel="loss, nats per image", title=f"depth {runs[0].config.resnet_depth}{told}")
+    axes.plot([], [], "ko", label="validation")
+    axes.plot([], [], "ks", fillstyle="none", label="training")
+    axes.grid(alpha=0.3)
+    figure.set_size_inches(8, 1.4 + 0.27 * len(runs))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -206,26 +245,28 @@ def _is_cifar10(run):
 
 def _finish(figure, validation, training):
     """The legend below a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
-    axes, *others = figure.axes
-    axes.plot([], [], f"k{validation}-", label="validation")
-    axes.plot([], [], f"k{training}--", label="training")
-    for each in figure.axes:
-        each.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) < 50 else 1
-    figure.set_size_inches(7 + 3 * len(others), 4 + 0.18 * -(-len(labels) // columns))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.axes[-1].plot([], [], f"k{validation}-", label="validation")
+    figure.axes[-1].plot([], [], f"k{training}--", label="training")
+    shown = {}
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    columns = 2 if max(map(len, shown)) < 50 else 1
+    figure.set_size_inches(4 + 3 * len(figure.axes), 4 + 0.18 * -(-len(shown) // columns))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _swept(run, runs):
     """The run's values of what was swept, as "shortcut none"; of the epochs only where nothing else tells runs apart.
 
-    Deeper networks are given fewer epochs, which is no other line of the figure.
+    Deeper networks are given fewer epochs, which is no other line of the figure. More than a few are told by the name
+    of the run's folder.
     """
     names = swept(runs, SHOWN - {"width"})
     if len({(describe(each), *_values(each, names)) for each in runs}) < len(runs):
         names = swept(runs, SHOWN - {"width", "epochs"})
-    return _values(run, names)
+    return _values(run, names) if len(names) <= FEW else [run.folder.name]
 
 
 def _values(run, names):

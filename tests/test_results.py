@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from conftest import once
 from matplotlib.colors import to_hex
 from matplotlib.image import imread, imsave
 
@@ -21,9 +22,10 @@ from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
 from resnet_vae.records import FIGURES, Run, read_sweep, whole
-from resnet_vae.results import swept, table_rows, write_table
-from resnet_vae.verify import verify
+from resnet_vae.results import POST, swept, table_rows, write_table
+from resnet_vae.verify import _parameters, verify
 
+POSTS = "the post's own figures (each the lowest of 209 to 384 epochs)"
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -67,7 +69,7 @@ EXPECTED = """\
 | depth-28 | 28 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1845.0 | 1850.0 | 1810.0 | 40.00 | 127.0 | 1851.0 |
 | depth-40 | 40 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1835.0 | 1840.0 | 1800.0 | 40.00 | 117.0 | 1841.0 |
 | post_28 | 28 | published, beta 0.5 | 1 | 1,234,567 | 2 | 1.50 | 1795.2 | 1800.2 | 1760.2 | 40.00 | 77.2 | 1801.2 |
-| the post's | 28 | published | 1 |  | 384 | 79.20 | 1790.4 | 1794.7 | 1763.3 | 32.79 |  |  |
+| the post's | 28 | published | 1 | 26,815,683 | 384 | 79.20 | 1790.4 | 1794.7 | 1763.3 | 32.79 |  |  |
 """
 
 
@@ -80,7 +82,7 @@ def test_table_is_the_runs_beside_the_posts_rows(sweep):
     assert (sweep / "table.md").read_text() == markdown
     csv = (sweep / "table.csv").read_text().splitlines()
     assert csv[1] == "depth-28,28,elbo,1.0,1234567,2,1.5,1845.0,1850.0,1810.0,40.0,127.0,1851.0"
-    assert csv[-1] == "the post's,100,published,1.0,,,164.7,1782.3,1804.0,1787.75,29.94,,"
+    assert csv[-1] == "the post's,100,published,1.0,57901251,,164.7,1782.3,1804.0,1787.75,29.94,,"
     latex = (sweep / "table.tex").read_text()
     assert r"post\_28 & 28 & published, beta 0.5 & 1 & 1,234,567" in latex
     assert latex.count("\\\\\n") == 1 + len(table_rows(read_sweep(sweep)))
@@ -95,8 +97,8 @@ def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     assert first.startswith("| none-28 | 28 | elbo | 1 | none | none | 1,234,567 |")
     figures = of_sweep(read_sweep(tmp_path))
     labels = [line.get_label() for line in figures["losses_by_depth"].axes[0].get_lines()]
-    assert "negative ELBO, augment flip shift, shortcut projection" in labels
-    assert "the post's own figures" not in labels  # they are of another objective
+    assert "negative ELBO, augment flip shift, shortcut projection (2 epochs)" in labels
+    assert not any("the post's own" in label for label in labels)  # they are of another objective
     labels = [line.get_label() for line in figures["losses_by_epoch"].axes[0].get_lines()]
     assert "depth 100, elbo, augment none, shortcut none" in labels
 
@@ -123,8 +125,8 @@ def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_
         write_run(tmp_path / f"{depth}", depth, 1800.0 + depth, objective="published")
     (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    ours = list(zip(*lines["ours, the post's objective: no bound"].get_data(), strict=True))
-    posts = list(zip(*lines["the post's own figures"].get_data(), strict=True))
+    ours = list(zip(*lines["ours, the post's objective: no bound (2 epochs)"].get_data(), strict=True))
+    posts = list(zip(*lines[POSTS].get_data(), strict=True))
     assert ours == [(28, 1828.0), (100, 1900.0)]
     assert posts == [(28, 1794.7), (40, 1795.7), (70, 1799.0), (100, 1804.0)]
 
@@ -274,9 +276,9 @@ def test_figures_tell_widths_apart_and_have_the_posts_losses_on_cifar10_alone(tm
         labels.append([text for text in axes.get_legend_handles_labels()[1] if text not in ("validation", "training")])
     meaning = "the post's objective: no bound"
     assert labels == [
-        [f"{meaning}, width 0.5", f"{meaning}, width 1.0"],
-        [f"ours, {meaning}", "the post's own figures"],
-        [meaning],
+        [f"{meaning}, width 0.5 (2 epochs)", f"{meaning}, width 1.0 (2 epochs)"],
+        [f"ours, {meaning} (2 epochs)", POSTS],
+        [],  # of one depth: a row each
     ]
 
 
@@ -285,25 +287,60 @@ def test_figures_name_the_epochs_where_runs_differ_in_nothing_else(tmp_path, dep
     for depth, epochs in zip(depths, (7, 14), strict=True):
         write_run(tmp_path / f"epochs-{epochs}", depth, 1850.0 - epochs, epochs=epochs)
     for figure in of_sweep(read_sweep(tmp_path)).values():
-        labels = figure.axes[0].get_legend_handles_labels()[1]
+        axes = figure.axes[0]
+        labels = axes.get_legend_handles_labels()[1] + [label.get_text() for label in axes.get_yticklabels()]
         assert [sum(f"epochs {epochs}" in label for label in labels) for epochs in (7, 14)] == [named, named]
     assert ("negative ELBO (7, 14 epochs)" in labels) != named  # along a line, in the figure by depth
 
 
-def test_runs_of_one_depth_are_seen_side_by_side_with_the_legend_outside(tmp_path):
+def test_runs_of_one_depth_have_a_row_each_and_the_legend_is_outside(tmp_path):
     for seed in range(8):
-        write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
+        write_run(tmp_path / f"seed-{seed}", 28, 1850.0 + seed, seed=seed)
     for figure in of_sweep(read_sweep(tmp_path)).values():
         figure.draw_without_rendering()
         (axes,), (legend,) = figure.axes, figure.legends
         assert not axes.get_window_extent().overlaps(legend.get_window_extent())
         assert figure.bbox.contains(*legend.get_window_extent().min)
         assert figure.bbox.contains(*legend.get_window_extent().max)
-        assert axes.get_window_extent().height > 300
-    places = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("negative ELBO")]
-    assert len(set(places)) == 8
-    assert sum(places) / 8 == 28
-    assert list(axes.get_xticks()) == [28]
+        assert axes.get_window_extent().height > 200
+    rows = {label.get_text(): label.get_position()[1] for label in axes.get_yticklabels()}
+    points = [
+        line.get_xydata()[0].tolist()
+        for line in axes.get_lines()
+        if line.get_marker() == "o" and len(line.get_xydata())
+    ]
+    assert points == [[1850.0 + seed, rows[f"seed {seed}"]] for seed in range(8)]
+    assert axes.get_title() == "depth 28, negative ELBO"
+
+
+def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_path):
+    for depth, epochs in ((28, 20), (100, 8)):
+        for objective in ("elbo", "published"):
+            write_run(tmp_path / f"{objective}-{depth}", depth, 1800.0, objective=objective, epochs=epochs)
+    panels = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    assert [axes.get_title() for axes in panels] == ["objective elbo", "objective published"]
+    ours = [axes.get_lines()[0] for axes in panels]
+    assert [line.get_label() for line in ours] == [
+        "negative ELBO (20, 8 epochs)",
+        "ours, the post's objective: no bound (20, 8 epochs)",
+    ]
+    assert [line.get_linestyle() for line in ours] == ["None", "None"]
+    assert POSTS in [line.get_label() for line in panels[1].get_lines()]
+
+
+def test_runs_that_differ_in_many_settings_are_told_by_their_names(tmp_path):
+    for number in (1, 2):
+        changed = {"seed": number, "dropout": number / 10, "stem": number, "latent_dim": number, "decay": number / 10}
+        write_run(tmp_path / f"named-{number}", 28, 1850.0, **changed)
+    by_epoch, by_depth = of_sweep(read_sweep(tmp_path)).values()
+    assert [label.get_text() for label in by_depth.axes[0].get_yticklabels()] == ["named-1", "named-2"]
+    assert by_epoch.axes[0].get_lines()[0].get_label() == "depth 28, elbo, named-1"
+
+
+@once("shapes alone")
+@pytest.mark.parametrize("row", POST, ids=lambda row: f"{row['depth']}")
+def test_the_posts_numbers_of_parameters_are_those_of_its_recipe(row):
+    assert _parameters(Config(preset="published", resnet_depth=row["depth"])) == row["parameters"]
 
 
 def test_a_table_tells_of_rows_that_must_not_be_compared(tmp_path):
@@ -510,8 +547,8 @@ def test_more_than_ten_lines_have_colors_of_their_own(tmp_path):
     for seed in range(12):
         write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
     for figure in of_sweep(read_sweep(tmp_path)).values():
-        lines = [line for line in figure.axes[0].get_lines() if "seed" in line.get_label()]
-        assert len({to_hex(line.get_color()) for line in lines}) == len(lines) == 12
+        lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata())]  # validation and training
+        assert (len({to_hex(line.get_color()) for line in lines}), len(lines)) == (12, 24)
 
 
 def test_images_of_two_data_sets_may_differ(tmp_path):
