@@ -45,6 +45,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "kl": ("KL", "{:.2f}"),
     "excess": ("Excess over floor", "{:.1f}"),
     "test_loss": ("Test loss", "{:.1f}"),
+    "bound": ("Test bound", "{:.1f}"),
 }
 
 
@@ -100,14 +101,14 @@ def evaluate_run(folder, dataset):
 
     Returns:
         A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
-        objective's figures, the precision they were computed in, and what on ("ran_on", as in provenance.json). It is
-        also written to evaluation-NAME.json in the run's folder.
+        objective's figures and where these are no bound, the bound; the precision they were computed in, and what on
+        ("ran_on", as in provenance.json). It is also written to evaluation-NAME.json in the run's folder.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
     import keras
 
-    from resnet_vae.training import evaluate
+    from resnet_vae.training import score
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     data = load_data(run.config.replace(dataset=dataset, validation="test"))
@@ -121,7 +122,7 @@ def evaluate_run(folder, dataset):
         "loss_is": run.config.loss_meaning,
         "images": len(images),
         "floor": entropy_floor(images),
-        **evaluate(vae, images, run.config.batch_size),
+        **score(vae, images, run.config.batch_size),
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
@@ -144,9 +145,13 @@ def told(value):
 
 
 def columns(runs):
-    """The table's columns: those of COLUMNS, with one for each setting that was swept."""
+    """The table's columns: those of COLUMNS, with one for each setting that was swept.
+
+    The bound has one where a run has one beside its loss.
+    """
     extra = {name: (name.replace("_", " ").capitalize(), "{}") for name in swept(runs)}
-    items = list(COLUMNS.items())
+    bound = any("bound" in run.metrics["test"] for run in runs)
+    items = [(name, column) for name, column in COLUMNS.items() if bound or name != "bound"]
     place = list(COLUMNS).index("parameters")
     return dict([*items[:place], *extra.items(), *items[place:]])
 
@@ -160,6 +165,7 @@ def table_rows(runs):
     rows = []
     for run in runs:
         metrics, validation = run.metrics, run.metrics["validation"]
+        bound = metrics["test"]["loss"] if run.config.loss_meaning == "negative ELBO" else None
         rows.append(
             {
                 "run": run.folder.name,
@@ -176,6 +182,7 @@ def table_rows(runs):
                 "kl": validation["kl"],
                 "excess": validation["reconstruction"] - metrics["validation_floor"],
                 "test_loss": metrics["test"]["loss"],
+                "bound": metrics["test"].get("bound", bound),
             }
         )
     post = {"run": "the post's", "objective": "published", "width": 1.0}
@@ -206,6 +213,11 @@ def notes(runs):
         "Objective published: the post's, whose sampler takes exp(log-variance) for the standard deviation while its "
         "KL takes it for the variance. It is no bound on the likelihood and must not be compared with elbo."
     )
+    if "bound" in columns(runs):
+        remarks.append(
+            "Test bound: the negative ELBO on the test images, with the whole KL of the posterior that is sampled "
+            "from. Bounds compare across objectives."
+        )
     if any(run.config.beta != 1 for run in runs):
         remarks.append("Where beta is not 1, the loss is no bound.")
     for run in runs:

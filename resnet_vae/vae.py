@@ -79,7 +79,11 @@ class Sampling(layers.Layer):
     def call(self, mean, log_var, training=False):
         generator = self.training_noise if training else self.evaluation_noise
         noise = keras.random.normal(ops.shape(mean), dtype="float32", seed=generator)
-        return mean + ops.exp(log_var if self.objective == "published" else log_var / 2) * noise
+        return mean + ops.exp(self.log_variance(log_var) / 2) * noise
+
+    def log_variance(self, log_var):
+        """The log-variance of the samples, which is not what the published objective's KL takes it for."""
+        return 2 * log_var if self.objective == "published" else log_var
 
     def restart_evaluation(self):
         """Let the noise of evaluation begin anew, so that equal weights and images give equal figures."""

@@ -313,6 +313,23 @@ def test_runs_of_one_depth_have_a_row_each_and_the_legend_is_outside(tmp_path):
     assert axes.get_title() == "depth 28, negative ELBO"
 
 
+def test_a_table_has_the_bound_where_a_loss_is_none(tmp_path):
+    write_run(tmp_path / "elbo", 28, 1830.0)
+    write_run(tmp_path / "published", 28, 1800.0, objective="published")
+    assert "bound" not in write_table(tmp_path).splitlines()[0]
+    assert "Bounds compare" not in write_table(tmp_path)
+    path = tmp_path / "published" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["test"]["bound"] = 1836.8
+    path.write_text(json.dumps(metrics))
+    header, _, elbo, published, post, *_ = write_table(tmp_path).splitlines()
+    assert header.endswith("| Test loss | Test bound |")
+    assert elbo.endswith("| 1831.0 | 1831.0 |")
+    assert published.endswith("| 1801.0 | 1836.8 |")
+    assert post.endswith("|  |  |")
+    assert "Bounds compare across objectives" in write_table(tmp_path)
+
+
 def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_path):
     for depth, epochs in ((28, 20), (100, 8)):
         for objective in ("elbo", "published"):

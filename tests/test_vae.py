@@ -19,6 +19,8 @@ from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.data import entropy_floor
 from resnet_vae.devices import devices, precision, processor_has_amx
 from resnet_vae.optimizer import AdamW
+from resnet_vae.records import FIGURES
+from resnet_vae.training import score
 from resnet_vae.vae import VAE, Sampling, kl_divergence, reconstruction_loss
 
 RNG = np.random.default_rng(0)
@@ -354,6 +356,27 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
     minimised = float(to_numpy(vae.compute_loss(images[:20], training=False)))
     kl, reconstruction, *_ = (float(to_numpy(part)) for part in vae.losses)
     assert minimised == pytest.approx(reconstruction + beta * kl + penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("published", 1.0), ("elbo", 0.5), ("elbo", 1.0)])
+def test_a_loss_that_is_no_bound_has_the_bound_beside_it(images, objective, beta):
+    """Its KL against a Monte Carlo estimate over the samples that the sampler draws."""
+    vae = build_vae(Config(**TINY, initialization="published", objective=objective, beta=beta))
+    vae.encoder.get_layer("log_var").bias.assign(np.linspace(-2, 1, 8))
+    vae.compile("adam")
+    figures = score(vae, images, 20)
+    if objective == "elbo" and beta == 1:
+        assert figures.keys() == set(FIGURES)
+        return
+    draws = 2000
+    mean, log_var = (np.repeat(to_numpy(x), draws, axis=0) for x in vae.encoder.predict(images, verbose=0))
+    sampler = Sampling(objective, seed=3)
+    z = to_numpy(sampler(mean.astype("float32"), log_var.astype("float32")))
+    spread = np.exp(log_var if objective == "published" else log_var / 2)
+    ratios = (stats.norm.logpdf(z, mean, spread) - stats.norm.logpdf(z)).sum(-1)
+    error = ratios.reshape(len(images), draws).std(axis=1).mean() / np.sqrt(len(ratios))
+    assert figures["bound"] - figures["reconstruction"] == pytest.approx(ratios.mean(), abs=4 * error + 1e-3)
+    assert abs(figures["bound"] - figures["loss"]) > 100 * error  # so that the test can tell
 
 
 def test_an_uneven_last_batch_counts_by_its_images(images):
