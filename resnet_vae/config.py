@@ -302,7 +302,7 @@ class Config(Settings):
     )
     order: Literal["post", "pre"] = Field(
         "post",
-        description="post: ReLU after the addition; pre: ReLU before each convolution but a first, plain one",
+        description="post: ReLU after the addition; pre: norm and ReLU before each convolution, a plain one first",
     )
     shortcut: Literal["projection", "pool", "pad", "none"] = Field(
         "projection",
@@ -369,7 +369,7 @@ class Config(Settings):
     )
     deterministic: bool = Field(
         True,
-        description="bit-identical results on one machine (TensorFlow; JAX on CPUs), interrupted or not; not rollbacks",
+        description="bit-identical on one machine (TensorFlow; JAX on CPUs), interrupted or not, but for rollbacks",
     )
     rollbacks: int = Field(
         0,

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import keras
@@ -16,6 +17,7 @@ from scipy import integrate, special, stats
 
 from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
+from resnet_vae.config import blocks_per_stage
 from resnet_vae.data import entropy_floor
 from resnet_vae.devices import devices, precision, processor_has_amx
 from resnet_vae.optimizer import AdamW
@@ -356,6 +358,25 @@ def test_evaluate_is_the_objective(images, objective, beta, l2):
     minimised = float(to_numpy(vae.compute_loss(images[:20], training=False)))
     kl, reconstruction, *_ = (float(to_numpy(part)) for part in vae.losses)
     assert minimised == pytest.approx(reconstruction + beta * kl + penalty, rel=1e-5)
+
+
+def test_the_readmes_stages_are_the_networks():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    columns = []  # filters of a stage → the side of its images
+    for side, factor, plan in (
+        (32, 1 / 2, networks.stages(Config())),
+        (4, 2, networks.stages(Config(), transpose=True)),
+        (4, 2, networks.stages(Config(decoder="published"), transpose=True)),
+    ):
+        columns.append({})
+        for _, filters, strides in plan:
+            side = int(side * factor) if strides == (2, 2) else side
+            columns[-1][filters] = f"{side}×{side}"
+    for stage, filters in enumerate(networks.FILTERS):
+        blocks = [blocks_per_stage(depth)[stage] for depth in (28, 40, 70, 100)]
+        images = [column[filters] for column in columns]
+        row = [str(stage + 1), ", ".join(map(str, filters)), ", ".join(map(str, blocks)), *images]
+        assert f"| {' | '.join(row)} |" in readme
 
 
 @pytest.mark.parametrize(("objective", "beta"), [("published", 1.0), ("elbo", 0.5), ("elbo", 1.0)])
