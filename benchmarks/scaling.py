@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -33,10 +34,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
 
 def exponent(values, costs):
     """The slope of log(cost) against log(value) by least squares: 1 where the cost is proportional."""
-    x, y = [math.log(value) for value in values], [math.log(cost) for cost in costs]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression([math.log(value) for value in values], [math.log(cost) for cost in costs]).slope
 
 
 def grow(axis, values, make_config, rounds, seconds):

@@ -439,7 +439,11 @@ class Repeated(layers.Layer):
         return blocks
 
     def join(self, blocks):
-        """Take over the weights of `count` built `ResidualBlock` layers; the inverse of `split`."""
+        """Take over the weights of `count` built `ResidualBlock` layers; the inverse of `split`.
+
+        Raises:
+            ValueError: another number of blocks, or weights of other numbers or shapes.
+        """
         for stack, weights in zip(self.stacks, zip(*map(_weights, blocks), strict=True), strict=True):
             stack.assign(ops.concatenate([weight[None] for weight in weights]))
 

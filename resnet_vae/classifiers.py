@@ -10,12 +10,11 @@ import keras
 from keras import layers
 
 from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
-from resnet_vae.config import IMAGENET, UserError
+from resnet_vae.config import IMAGENET, UserError, cifar_blocks
 from resnet_vae.devices import worth_compiling
 from resnet_vae.networks import ImageModel, identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
 
-BOTTLENECK_ON_CIFAR = (164, 1001)  # these are 9n + 2 in the papers; 164 is 6n + 2 as well
 NAMES = "resnet18, 34, 50, 101, 152; resnet20, 32, 44, 56, 110, 1202 (6n + 2); resnet164, resnet1001 (9n + 2)"
 KERAS_EPSILON = 1.001e-5  # of keras.applications' normalisations
 
@@ -64,7 +63,7 @@ def build_classifier(
     """
     match = re.fullmatch(r"resnet(\d{1,6})", str(name))
     depth = int(match[1]) if match else 0
-    family = IMAGENET.get(depth) or _cifar(depth)
+    family = IMAGENET.get(depth) or cifar_blocks(depth)
     if family is None:
         raise UserError(f"the classifier is {name!r}; expected one of {NAMES}")
     block, counts = family
@@ -115,20 +114,15 @@ def build_classifier(
     return model
 
 
-def _cifar(depth):
-    """The kind of block and the blocks of each of the three stages, or None."""
-    basic = depth >= 8 and (depth - 2) % 6 == 0 and depth not in BOTTLENECK_ON_CIFAR
-    if basic:
-        return "basic", ((depth - 2) // 6,) * 3
-    return ("bottleneck", ((depth - 2) // 9,) * 3) if depth >= 11 and (depth - 2) % 9 == 0 else None
-
-
 def take_weights(model, application):
     """Copy the weights of `keras.applications`' ResNet50, 101 or 152 into a classifier of the same name.
 
     Args:
         model: from `build_classifier`, in order post; where its number of classes is another, its last layer stays.
         application: the Keras model, with or without its top.
+
+    Raises:
+        ValueError: a layer is missing, or weights have other shapes.
     """
 
     def copy(layer, name):

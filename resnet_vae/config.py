@@ -87,6 +87,17 @@ IMAGENET = {  # the classifiers' depths that are the papers' networks for ImageN
     101: ("bottleneck", (3, 4, 23, 3)),
     152: ("bottleneck", (3, 8, 36, 3)),
 }
+BOTTLENECK_ON_CIFAR = (164, 1001)  # these are 9n + 2 in the papers; 164 is 6n + 2 as well
+
+
+def cifar_blocks(depth):
+    """The classifier for CIFAR of a depth: its kind of block, and the blocks of its three stages; None if none has it.
+
+    Basic blocks where the depth is 6n + 2, else bottleneck blocks where it is 9n + 2.
+    """
+    if depth >= 8 and depth % 6 == 2 and depth not in BOTTLENECK_ON_CIFAR:
+        return "basic", (depth // 6,) * 3
+    return ("bottleneck", (depth // 9,) * 3) if depth >= 11 and depth % 9 == 2 else None
 
 
 def blocks_per_stage(depth, block="bottleneck"):
@@ -312,7 +323,7 @@ class Config(Settings):
     stem: int = Field(0, ge=0, le=64, description="plain 3x3 convolutions before the first block and after the last")
     decoder: Literal["mirrored", "published"] = Field(
         "mirrored",
-        description="order of the decoder's filters: mirrored, 2048 to 64; published, 64 to 2048 as in the post",
+        description="the decoder's channels: mirrored, 2048 down to 256; published, 256 up to 2048 as in the post",
     )
     width: float = Field(1.0, gt=0, le=4, description="multiplier of the blocks' numbers of filters")
     latent_dim: int = Field(256, ge=1, le=65536, description="number of latents")
@@ -331,7 +342,7 @@ class Config(Settings):
     norm_batches: int = Field(
         20,
         ge=0,
-        description="training batches whose moments validation normalises with (0: the moving averages of training)",
+        description="training batches that validation's averages are computed from (0: training's moving averages)",
     )
     objective: Literal[OBJECTIVES] = Field(
         "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"
@@ -393,7 +404,8 @@ class Config(Settings):
     @field_validator("resnet_depth")
     @classmethod
     def _check_depth(cls, depth, info):
-        blocks_per_stage(depth, info.data.get("block", "bottleneck"))
+        if "block" in info.data:  # and not a bad one, of which there is a line already
+            blocks_per_stage(depth, info.data["block"])
         return depth
 
     @model_validator(mode="before")
@@ -419,7 +431,7 @@ class Config(Settings):
     def folder(self):
         """The run's folder."""
         data = Path(self.dataset).name.removesuffix(".npz")
-        return Path(self.outdir or f"runs/{data}-depth-{self.resnet_depth}").expanduser()
+        return Path(os.path.expanduser(self.outdir or f"runs/{data}-depth-{self.resnet_depth}"))
 
     @property
     def loss_meaning(self):

@@ -94,7 +94,7 @@ def load_data(config):
     elif name in DATASETS:
         train, test = _keras_dataset(name)
     else:
-        train, test = _path(Path(name).expanduser(), shape)
+        train, test = _path(Path(os.path.expanduser(name)), shape)
     classes, no_labels = _number_labels(name, train, test)
     if shape:
         parts = [part for part in (train, test) if part]
@@ -133,7 +133,7 @@ def check_dataset(dataset, setting="DATASET"):
     Raises:
         DataError: it is neither; the text names the setting.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))  # that of pathlib raises where there is no such user
     if not (dataset in DATASETS or path.is_dir() or (path.suffix.lower() == ".npz" and path.is_file())):
         raise DataError(
             f"{setting} is {dataset!r}: neither one of {', '.join(DATASETS)}, nor a folder of images, nor an .npz file"

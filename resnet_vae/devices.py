@@ -1,4 +1,4 @@
-"""What computes here: the processor, the backend's devices, which precision is fast on them; keeping their memory."""
+"""The processor and the backend's devices, the precision that is fast on them, and keeping freed memory."""
 
 import ctypes
 import platform

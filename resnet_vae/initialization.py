@@ -1,4 +1,4 @@
-"""Initializers of many kernels; on JAX they draw a few lengths, compiled once each, instead of every shape."""
+"""Kernel initializers; on JAX they draw random numbers in a few lengths, each compiled once, not in every shape."""
 
 import math
 
@@ -14,9 +14,10 @@ DRAWS = {  # distribution → how to draw it, and the standard deviation that it
 
 
 class CompiledOnce(keras.initializers.Initializer):
-    """An initializer of kernels that scales variances, in less time on JAX, where each shape is compiled otherwise.
+    """A variance-scaling initializer that takes less time on JAX, where drawing compiles once for each shape.
 
-    It draws the same numbers, in bfloat16 rounded otherwise: the n-th of a seed does not depend on how many are drawn.
+    It gives the same numbers (in bfloat16, rounded differently): the n-th of a seed does not depend on how many are
+    drawn.
 
     Args:
         initializer: a `keras.initializers.VarianceScaling`, such as HeNormal, whose seed is a number.

@@ -1,7 +1,8 @@
-"""The encoder and the decoder: four stages of bottleneck blocks between an image and its latent.
+"""The encoder and the decoder: four stages of residual blocks between an image and its latent.
 
-The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): unless asked for there is no stem, the
-first block reads the image; a dense layer on either side of the latent.
+The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): by default there is no stem, and the first
+block reads the image (with ORDER=pre a plain 3×3 convolution comes before it); a dense layer stands on either side of
+the latent.
 """
 
 import math
@@ -37,7 +38,7 @@ class ImageModel(keras.Model):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class Bound(layers.Layer):
-    """Limit log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
+    """Clip log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
 
     def call(self, x):
         return ops.clip(x, *LOG_VAR_RANGE)
@@ -163,7 +164,7 @@ def build_encoder(config, image_shape):
     """
     identity = config.initialization == "identity"
     images = keras.Input(image_shape, name="image")
-    x = _apply_stages(images, config, transpose=False)  # (batch, height / 8, width / 8, 2048 width)
+    x = _apply_stages(images, config, transpose=False)  # (batch, height / 8, width / 8, filters)
     x = _intermediate(x, config.intermediate_dim, config, config.seed + 2)  # the sampler has the two seeds before
     x = layers.Flatten(name="flatten")(x)
     if identity:
@@ -191,8 +192,9 @@ def build_encoder(config, image_shape):
 def build_decoder(config, image_shape):
     """Build the decoder, which is also the generator: latents → images.
 
-    With `config.decoder` "mirrored" the filters fall from 2048 to 64 while the image grows; with "published" they
-    rise as in the encoder, as the post had it, at 5 to 7 times the arithmetic.
+    With `config.decoder` "mirrored" the channels between blocks fall from 2048 to 256 (basic blocks: 512 to 64; both
+    times `config.width`) while the image grows; with "published" they rise as in the encoder, as the post had it, at 5
+    to 7 times the arithmetic.
 
     Args:
         config: a `Config`.

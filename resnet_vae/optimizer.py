@@ -37,9 +37,9 @@ class AdamW(keras.optimizers.Adam):
         return rate / (1.0 + self.decay * ops.cast(self.iterations, "float32")) if self.decay else rate
 
     def current_rate(self):
-        """The rate of the next step, a float, of which the time decay is taken off.
+        """The learning rate of the next step, time decay included, as a float.
 
-        On JAX nothing is compiled for it, as a schedule's condition would be anew at each call.
+        On JAX it is computed without compiling: a schedule's condition would be compiled anew at each call.
         """
         if keras.backend.backend() != "jax":
             return float(ops.convert_to_numpy(self.decayed(self.learning_rate)))

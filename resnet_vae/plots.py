@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.config import DATASETS
 from resnet_vae.records import PICTURES, natural, whole
-from resnet_vae.results import POST, SHOWN, swept, told
+from resnet_vae.results import POST, SHOWN, format_setting, swept
 
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
@@ -270,7 +270,7 @@ def _swept(run, runs):
 
 
 def _values(run, names):
-    return [f"{name.replace('_', ' ')} {told(run.config.recipe()[name])}" for name in names]
+    return [f"{name.replace('_', ' ')} {format_setting(run.config.recipe()[name])}" for name in names]
 
 
 def describe(run):

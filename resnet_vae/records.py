@@ -25,6 +25,8 @@ from resnet_vae.config import Config, ConfigError, UserError
 from resnet_vae.devices import processor
 
 FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
+HISTORY = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES))  # columns of every history.csv
+HASHED = (".csv", ".md", ".png")  # endings of the files of a record.json
 PICTURES = ("curves", "reconstructions", "samples", "interpolations")  # of a run, each a .png
 
 
@@ -115,7 +117,6 @@ def read_history(path):
     Raises:
         RecordError: it is not there, is damaged, or lacks columns or numbers.
     """
-    needed = ["epoch", *FIGURES, *(f"val_{name}" for name in FIGURES)]
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -126,8 +127,8 @@ def read_history(path):
         raise RecordError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
         raise RecordError(f"{path} cannot be read: {error}") from None
-    if not history or not history[0].keys() >= set(needed):
-        raise RecordError(f"{path} cannot be read: expected columns {', '.join(needed)}, and one row per epoch")
+    if not history or not history[0].keys() >= set(HISTORY):
+        raise RecordError(f"{path} cannot be read: expected columns {', '.join(HISTORY)}, and one row per epoch")
     for number, row in enumerate(history, 1):
         for name, value in row.items():
             if not math.isfinite(value):
@@ -207,12 +208,16 @@ def is_finished(config, data=None):
 
 
 def _check_place(folder):
-    """Refuse a folder that can be neither written nor made."""
+    """Refuse a folder that can be neither written nor made, or that holds another kind of record."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise RecordError(f"OUTDIR is {str(folder)!r}: {there} is no folder; choose another OUTDIR")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RecordError(f"OUTDIR is {str(folder)!r}: {there} cannot be written; choose another OUTDIR")
+    if (folder / "record.json").exists() or any(folder.glob("*/config.json")):
+        raise RecordError(
+            f"OUTDIR is {str(folder)!r}, the folder of a sweep, an experiment or a benchmark; choose another OUTDIR"
+        )
 
 
 def check_data(folder, data):
@@ -257,7 +262,7 @@ def write_record(folder, ran_on, **values):
         ran_on: of `environment`.
         **values: whatever else belongs to the record.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".md", ".png"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in HASHED)
     write_json(folder / "record.json", {**values, **ran_on, "files": {path.name: sha256_of(path) for path in files}})
 
 
@@ -325,14 +330,20 @@ def read_json(path):
         raise RecordError(f"{path} cannot be read: {error}") from None
 
 
-def environment(backend, devices):
-    """What a run ran on: commit, versions, the backend and its devices, processor and cores."""
+def versions():
+    """The versions of Keras, of its backends and of NumPy; None for what is not installed."""
 
     def installed(name):
         try:
             return version(name)
         except PackageNotFoundError:
             return None
+
+    return {name: installed(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
+
+
+def environment(backend, devices):
+    """What a run ran on: commit, versions, the backend and its devices, processor and cores."""
 
     def git(*words):
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -351,7 +362,7 @@ def environment(backend, devices):
         "dirty": None if commit is None or changes is None else bool(changes),
         "python": platform.python_version(),
         "backend": backend,
-        "versions": {name: installed(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")},
+        "versions": versions(),
         "devices": devices,
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

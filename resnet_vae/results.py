@@ -139,7 +139,7 @@ def swept(runs, shown=SHOWN):
     return [name for name in recipes[0] if name not in shown and any(r[name] != recipes[0][name] for r in recipes)]
 
 
-def told(value):
+def format_setting(value):
     """A setting's value for a table or a label."""
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else "" if value is None else f"{value}"
 
@@ -172,7 +172,7 @@ def table_rows(runs):
                 "depth": run.config.resnet_depth,
                 "objective": run.config.objective + (f", beta {run.config.beta:g}" if run.config.beta != 1 else ""),
                 "width": run.config.width,
-                **{name: told(run.config.recipe()[name]) for name in swept(runs)},
+                **{name: format_setting(run.config.recipe()[name]) for name in swept(runs)},
                 "parameters": metrics["parameters"],
                 "epochs": metrics["epochs"],
                 "hours": metrics["hours"],

@@ -24,12 +24,14 @@ from resnet_vae.devices import devices, precision
 from resnet_vae.optimizer import compile_vae
 from resnet_vae.records import (
     FIGURES,
+    HISTORY,
     RecordError,
     csv_text,
     environment,
     is_finished,
     json_text,
     sha256_of,
+    versions,
     whole,
     write_json,
     write_text,
@@ -41,7 +43,7 @@ ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes ba
 NETWORK = ("initialization", "loop", "convolution", "normalization", "blocks", "networks", "vae")
 MODULES = ("config", "data", "devices", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 SHARE = 0.01  # of the time that writing checkpoints may take
-COLUMNS = ("epoch", *FIGURES, *(f"val_{name}" for name in FIGURES), "learning_rate", "seconds", "rollbacks")
+COLUMNS = (*HISTORY, "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
 
 
@@ -341,8 +343,8 @@ class Training(keras.callbacks.Callback):
 
     def _is_over(self):
         config = self.config
-        patient = not (config.patience and without_progress(self._losses(), config.patience, config.min_delta))
-        return len(self.rows) >= config.epochs or not patient
+        stopped = config.patience and without_progress(self._losses(), config.patience, config.min_delta)
+        return len(self.rows) >= config.epochs or stopped > 0
 
     def _run_epoch(self):
         config, data = self.config, self.data
@@ -392,14 +394,14 @@ def identity(config, data):
     for name in MODULES:
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     backend = keras.backend.backend()
-    versions = environment(backend, [])["versions"]
+    installed = versions()
     return {
         **config.recipe(),
         "data": data.fingerprint,
         "code": code.hexdigest(),
         "backend": backend,
-        "keras_version": versions["keras"],
-        "backend_version": versions[backend],
+        "keras_version": installed["keras"],
+        "backend_version": installed[backend],
         "precision": precision(config),  # and not "auto"
     }
 

@@ -28,7 +28,8 @@ def reconstruction_loss(images, logits):
 def _logits(decoder):
     """The function latents, training → logits of a decoder's images."""
     last = decoder.layers[-1] if getattr(decoder, "outputs", None) else None  # of a functional Model
-    if isinstance(last, layers.Activation) and last.activation is keras.activations.sigmoid:
+    sigmoid = isinstance(last, layers.Activation) and last.activation is keras.activations.sigmoid
+    if sigmoid and last.output is decoder.outputs[0]:  # and not a layer's that another model uses as well
         functional = keras.Model(decoder.inputs, last.input, name="logits")
         if type(decoder).call in (type(functional).call, keras.Sequential.call):  # and not a subclass's own
             return functional
@@ -100,7 +101,7 @@ def _restart(generator):
 
 
 class _Model(keras.Model):
-    """A Model that has its state on JAX set as it is: Keras looks for layers in its hundreds of arrays at each step."""
+    """A Model whose state on JAX is set directly: Keras would look for layers in hundreds of arrays at each step."""
 
     def __setattr__(self, name, value):
         if name == "_jax_state":
@@ -110,7 +111,7 @@ class _Model(keras.Model):
 
 
 class _Calibration(_Model):
-    """Runs a VAE's encoder and decoder as in training, which moves their moving averages: images → a one a batch."""
+    """Runs encoder and decoder in training mode, which updates their moving averages: images → a 1 per batch."""
 
     def __init__(self, encoder, decoder, sampler, **kwargs):
         super().__init__(**kwargs)
@@ -198,7 +199,7 @@ class VAE(_Model):
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "autocast": False})  # targets in bfloat16 would be other images
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
         shapes = [getattr(encoder, "input_shape", None), getattr(decoder, "output_shape", None)]
@@ -219,8 +220,11 @@ class VAE(_Model):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name in ("beta", "kl_warmup_steps") and getattr(self, "train_function", None):
-            self.make_train_function(force=True)  # in whose trace they are numbers
+        if name in ("beta", "kl_warmup_steps"):  # numbers in the traces of the steps
+            if getattr(self, "train_function", None):
+                self.make_train_function(force=True)
+            if getattr(self, "test_function", None):
+                self.make_test_function(force=True)
 
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built

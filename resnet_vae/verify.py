@@ -15,6 +15,7 @@ from resnet_vae import plots
 from resnet_vae.config import UserError
 from resnet_vae.records import (
     FIGURES,
+    HASHED,
     RecordError,
     check_sweep,
     model_of,
@@ -53,7 +54,7 @@ def _record(folder):
     if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
         return [f"{folder / 'record.json'} has no hashes of the other files"]
     wrong = [f"{folder / name} {what}" for name, what in _hashes(folder, files)]
-    unknown = sorted({path.name for path in folder.iterdir() if path.suffix in (".csv", ".md", ".png")} - set(files))
+    unknown = sorted({path.name for path in folder.iterdir() if path.suffix in HASHED} - set(files))
     wrong += [f"{folder / name} is not in record.json" for name in unknown]
     experiment = record.get("experiment")
     if wrong or experiment is None:

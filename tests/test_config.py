@@ -12,8 +12,18 @@ from pydantic import ValidationError
 from test_results import RESULTS, write_run
 
 from resnet_vae import Config
-from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, blocks_per_stage
-from resnet_vae.experiments.settings import NOTEBOOKS, Degradation, Euler, Landscape, Preactivation, Transfer
+from resnet_vae.config import IMAGENET, PUBLISHED, ConfigError, UserError, blocks_per_stage
+from resnet_vae.data import check_dataset
+from resnet_vae.experiments.settings import (
+    NOTEBOOKS,
+    Degradation,
+    Euler,
+    Gradients,
+    Landscape,
+    Preactivation,
+    Transfer,
+)
+from resnet_vae.records import is_finished
 
 
 def test_depths_of_the_table_have_the_posts_blocks():
@@ -415,9 +425,52 @@ def test_an_experiment_does_not_write_into_anothers_record():
     for folder, told in (
         ("gradients", "it holds the record of gradients; expected another folder"),
         ("scaling", "it holds the record of a benchmark; expected another folder"),
-        ("calm/depth-28", "it is the folder of a run; expected another one"),
+        ("calm/depth-28", "it is the folder of a run or a sweep; expected another one"),
+        ("calm", "it is the folder of a run or a sweep; expected another one"),
     ):
         with pytest.raises(ConfigError, match=f"outdir is '.*{folder}': {told}"):
             Euler.from_env({"OUTDIR": str(RESULTS / folder)})
     for kind, folder in ((Euler, "euler"), (Preactivation, "preactivation")):
         assert kind.from_env({"OUTDIR": str(RESULTS / folder)}).folder == RESULTS / folder
+
+
+def test_an_experiment_does_not_write_over_a_record_that_is_none(tmp_path):
+    (tmp_path / "record.json").write_text("[]")
+    with pytest.raises(ConfigError, match="it holds the record of a benchmark"):
+        Euler.from_env({"OUTDIR": str(tmp_path)})
+
+
+@pytest.mark.parametrize(("folder", "file"), [("sweep", "depth-28/config.json"), ("experiment", "record.json")])
+def test_a_run_does_not_write_into_a_sweeps_or_an_experiments_folder(tmp_path, folder, file):
+    place = tmp_path / folder
+    (place / file).parent.mkdir(parents=True)
+    (place / file).write_text("{}")
+    with pytest.raises(UserError, match="the folder of a sweep, an experiment or a benchmark; choose another OUTDIR"):
+        is_finished(Config(dataset="digits", outdir=str(place)))
+
+
+def test_a_folder_of_nobody_is_a_folder_of_that_name():
+    assert Config(outdir="~nobody-of-this-name/x").folder == Path("~nobody-of-this-name/x")
+    assert Euler(outdir="~nobody-of-this-name/x").folder == Path("~nobody-of-this-name/x")
+    with pytest.raises(UserError, match="DATASET is '~nobody-of-this-name': neither one of"):
+        check_dataset("~nobody-of-this-name")
+
+
+def test_a_misspelled_block_is_one_mistake():
+    with pytest.raises(ConfigError) as told:
+        Config.from_env({"BLOCK": "basics", "RESNET_DEPTH": "32"})
+    assert "no network has this depth" not in str(told.value)
+    assert "block is 'basics'" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        (Preactivation, {"WIDTH": "5"}, "width is '5': input should be less than or equal to 4"),
+        (Gradients, {"SEED": f"{2**40}"}, "seed is '1099511627776': input should be less than 2147483647"),
+        (Transfer, {"CHANNELS": "2"}, "channels is '2': expected 1, 3 or 4, or 0 for those of the first images"),
+    ],
+)
+def test_experiments_refuse_what_their_networks_would(kind, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        kind.from_env(settings)

@@ -146,6 +146,10 @@ def test_beta_and_the_warm_up_may_change_while_training_goes_on(images):
     vae.set_weights(start)
     vae.train_on_batch(images)
     np.testing.assert_array_equal(to_numpy(bias), 1)
+    vae.test_on_batch(images)
+    vae.beta = 100.0
+    figures = vae.test_on_batch(images, return_dict=True)
+    assert figures["loss"] == pytest.approx(figures["reconstruction"] + 100 * figures["kl"], rel=1e-5)
 
 
 def test_a_decoder_with_a_call_of_its_own_is_trained_as_it_computes(images):
@@ -156,6 +160,22 @@ def test_a_decoder_with_a_call_of_its_own_is_trained_as_it_computes(images):
     vae = dense_vae(Inverted)
     assert isinstance(vae.decoder, Inverted)
     np.testing.assert_allclose(vae.predict(images, verbose=0), special.expit(-3.0), rtol=1e-5)
+
+
+def test_a_decoder_that_ends_in_anothers_sigmoid_is_trained_as_it_computes(images):
+    """One whose last layer was called before on something else."""
+    vae = dense_vae()
+    *_, reshape, sigmoid = vae.decoder.layers
+    other = VAE(vae.encoder, keras.Model(vae.decoder.input, sigmoid(reshape.output - 6.0)))
+    np.testing.assert_allclose(other.predict(images, verbose=0), special.expit(-3.0), rtol=1e-5)
+
+
+def test_floats_are_the_same_images_in_bfloat16(images):
+    """They are not rounded where the loss compares with them."""
+    vae = build_vae(Config(**{**TINY, "precision": "mixed_bfloat16"}))
+    vae.compile()
+    figures = [vae.evaluate(given, verbose=0, return_dict=True) for given in (images, images.astype("float32") / 255)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
 
 
 def test_a_decoder_of_logits_is_refused():

@@ -14,7 +14,6 @@ import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
 
-from resnet_vae.config import PACKAGE
 from resnet_vae.experiments.chain import Chain
 from resnet_vae.experiments.record import write_experiment
 
@@ -56,7 +55,6 @@ def convergence(counts, width=8, seed=0):
     return rows
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
 class EulerStep(layers.Layer):
     """y ← P y + τ tanh(W y + b): (batch, width before) → (batch, width).
 
@@ -84,12 +82,6 @@ class EulerStep(layers.Layer):
 
     def call(self, y):
         return (y if self.projection is None else self.projection(y)) + self.tau * self.inner(y)
-
-    def compute_output_shape(self, input_shape):
-        return (*input_shape[:-1], self.width)
-
-    def get_config(self):
-        return {**super().get_config(), "width": self.width, "step": self.step, "learned": self.learned}
 
 
 def spirals(count, seed):

@@ -20,7 +20,11 @@ SMALL_VAE = {
 
 
 def load_labelled(settings, image_shape=None):
-    """The data, with labels: training and test images, brought to a shape if one is given or set."""
+    """The data, with labels: training and test images, brought to a shape if one is given or set.
+
+    Raises:
+        DataError: they cannot be had, or have no labels.
+    """
     shape = image_shape or settings.image_shape
     return labelled(load_data(Config(dataset=settings.dataset, validation="test", image_shape=shape)))
 

@@ -1,6 +1,7 @@
 """The experiments' settings. Nothing large is imported, so that a mistake is told at once."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from resnet_vae.config import (
     Settings,
     Shape,
     blocks_per_stage,
+    cifar_blocks,
     did_you_mean,
     parse_words,
 )
@@ -32,7 +34,7 @@ def _check_classifier_depth(depth):
     expected = "expected 6n + 2 or 9n + 2 layers, as 8, 20, 32 or 29 (a VAE's depth is another setting)"
     if depth in IMAGENET:
         raise ValueError(f"{depth} layers are a network for ImageNet, of other blocks; {expected}")
-    if depth < 8 or (depth % 6 != 2 and depth % 9 != 2):
+    if cifar_blocks(depth) is None:
         raise ValueError(expected)
     return depth
 
@@ -68,11 +70,14 @@ class Experiment(Settings):
     @classmethod
     def _check_outdir(cls, outdir):
         """Refuse a folder whose record would be overwritten or counted as this one's."""
-        folder = Path(outdir).expanduser()
-        if outdir and (folder / "config.json").exists():
-            raise ValueError("it is the folder of a run; expected another one")
-        if outdir and (folder / "record.json").exists():
-            experiment = read_json(folder / "record.json").get("experiment")
+        if not outdir:
+            return outdir
+        folder = Path(os.path.expanduser(outdir))
+        if (folder / "config.json").exists() or any(folder.glob("*/config.json")):
+            raise ValueError("it is the folder of a run or a sweep; expected another one")
+        if (folder / "record.json").exists():
+            record = read_json(folder / "record.json")
+            experiment = record.get("experiment") if isinstance(record, dict) else None
             if experiment not in {each.__name__.lower() for each in cls.__mro__}:
                 raise ValueError(f"it holds the record of {experiment or 'a benchmark'}; expected another folder")
         return outdir
@@ -80,7 +85,7 @@ class Experiment(Settings):
     @property
     def folder(self):
         """Where the record goes."""
-        return Path(self.outdir or f"runs/{type(self).__name__.lower()}").expanduser()
+        return Path(os.path.expanduser(self.outdir or f"runs/{type(self).__name__.lower()}"))
 
 
 class Networks(Experiment):
@@ -88,7 +93,7 @@ class Networks(Experiment):
 
     dataset: PathText = Field("digits", description="with labels; as for DATASET of a VAE")
     image_shape: Shape | None = Field(None, description="images are resized to it (default: as the data set has them)")
-    width: float = Field(0.25, gt=0, description="multiplier of the networks' filters")
+    width: float = Field(0.25, gt=0, le=4, description="multiplier of the networks' filters")
     beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
 
 
@@ -123,12 +128,14 @@ class Gradients(Networks):
     """Of the gradient by layer."""
 
     depths: Numbers = Field((10, 30, 100), description="layers of the chains")
-    classifier_depths: _some(ClassifierDepth) = Field((20, 56, 110), description="layers of the classifiers, 6n + 2")
+    classifier_depths: _some(ClassifierDepth) = Field(
+        (20, 56, 110), description="layers of the classifiers, 6n + 2 or 9n + 2"
+    )
     vae_depths: _some(VAEDepth) = Field((28, 100, 250), description="layers of the VAEs, 6 × blocks + 4")
     beta: float = Field(1.0, ge=0, description="weight of the VAEs' KL")
     batch_size: int = Field(32, ge=2, description="images")
     repetitions: int = Field(30, ge=1, description="chains of each kind, a seed each")
-    seed: int = Field(0, ge=0, description="of the weights; of the chains the first")
+    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of the weights; of the chains the first")
 
 
 class Euler(Experiment):
@@ -151,7 +158,7 @@ class Landscape(Trained):
     points: int = Field(9, ge=3, description="on each side of a surface; an odd number has the network in the middle")
     reach: float = Field(1.0, gt=0, description="of lines and surfaces, in lengths of the network's own filters")
     images: int = Field(200, ge=1, description="training images on which the loss is taken")
-    seed: int = Field(0, ge=0, description="of weights and directions")
+    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights and directions")
 
 
 class Transfer(Trained):
@@ -165,6 +172,13 @@ class Transfer(Trained):
     steps: int = Field(75, ge=1, description="training steps with them")
     tuning_rate: float = Field(0.001, gt=0, description="learning rate of fine-tuning; all else has LEARNING_RATE")
     repetitions: int = Field(3, ge=1, description="seeds, of the weights and of the labelled images")
+
+    @field_validator("channels")
+    @classmethod
+    def _check_channels(cls, channels):
+        if channels == 2:
+            raise ValueError("expected 1, 3 or 4, or 0 for those of the first images")
+        return channels
 
 
 class Results(Settings):
