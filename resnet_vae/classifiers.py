@@ -51,7 +51,8 @@ def build_classifier(
         order: of the blocks, "post" or "pre".
         shortcut: where shapes change: "projection", "pool" or "pad"; "none" for the plain network of the same layers.
             By default the papers': pad in CIFAR's basic networks, projection in the others.
-        stem: number of plain 3×3 convolutions before the first block, instead of the papers' one convolution.
+        stem: number of plain 3×3 convolutions before the first block, instead of the papers' one convolution; the first
+            has its strides. Three for ImageNet are the stem of https://arxiv.org/abs/1812.01187, but for its filters.
         width: multiplier of all filters.
         gain: initial scale of each identity block's last normalisation; 0 lets blocks start as the identity.
         learned_step: see `ResidualBlock`.
@@ -80,11 +81,11 @@ def build_classifier(
 
     images = keras.Input(image_shape, name="image")
     first = max(1, round((64 if imagenet else 16) * width))
-    x = images
+    x, strides = images, 2 if imagenet else 1
     if stem is not None:
-        x = plain_convolutions(x, stem, first, momentum=momentum, epsilon=epsilon, **convolutions)
+        x = plain_convolutions(x, stem, first, strides, momentum=momentum, epsilon=epsilon, **convolutions)
     else:
-        side, strides = (7, 2) if imagenet else (3, 1)
+        side = 7 if imagenet else 3
         x = layers.ZeroPadding2D(side // 2, name="stem_pad")(x)
         x = layers.Conv2D(first, side, strides, name="stem", **convolutions)(x)
         if order == "post" or imagenet:

@@ -100,10 +100,11 @@ def identity_blocks(x, count, filters, kernel_size=3, remat=False, name="blocks"
     return Repeated(count, filters, kernel_size, remat, name=name, **options)(x) if count else x
 
 
-def plain_convolutions(x, count, filters, name="stem", momentum=0.99, epsilon=1e-3, **options):
-    """Apply `count` times 3×3 convolution → BN → ReLU; further options are the convolutions'."""
+def plain_convolutions(x, count, filters, strides=1, name="stem", momentum=0.99, epsilon=1e-3, **options):
+    """Apply `count` times 3×3 convolution, the first with the strides → BN → ReLU; options are the convolutions'."""
     for number in range(1, count + 1):
-        x = layers.Conv2D(filters, 3, padding="same", name=f"{name}{number}", **options)(x)
+        stride = strides if number == 1 else 1
+        x = layers.Conv2D(filters, 3, stride, padding="same", name=f"{name}{number}", **options)(x)
         x = BatchNormalization(momentum=momentum, epsilon=epsilon, name=f"{name}{number}_bn")(x)
         x = layers.ReLU(name=f"{name}{number}_relu")(x)
     return x

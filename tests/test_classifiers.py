@@ -100,6 +100,14 @@ def test_what_comes_before_the_blocks(name, options, expected):
     assert names[1 : names.index(next(each for each in names if each.startswith("stage1")))] == expected
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet18"])
+def test_a_plain_stem_has_the_strides_of_the_papers(name):
+    """After it images are as large as after the paper's one convolution."""
+    models = [build_classifier(name, (64, 64, 3), 3, width=1 / 16, stem=stem) for stem in (None, 3)]
+    shapes = [next(layer for layer in model.layers if "stage1" in layer.name).input.shape for model in models]
+    assert shapes[0] == shapes[1]
+
+
 def test_imagenet_weights_are_those_that_keras_offers(monkeypatch):
     """All but the last layer's, where there are other classes."""
     theirs = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=7)
