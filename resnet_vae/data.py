@@ -34,7 +34,7 @@ class DataError(UserError, ValueError):
     """Data that cannot be read or used; the text names the file or value and what was expected."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class Data:
     """A data set split for training: uint8 arrays of grey levels, (images, height, width, channels).
 
@@ -325,10 +325,12 @@ def _class_numbers(name, parts):
             raise DataError(f"{name} has no labels; expected folders by class, or y_train (and y_test) in an .npz")
         labels = np.asarray(part.labels)
         labels = labels.ravel() if labels.shape == (len(part.images), 1) else labels
+        if labels.dtype == object:
+            raise DataError(f"{name}: labels are Python objects, which are not read; save labels.astype(str)")
         if labels.shape != (len(part.images),) or labels.dtype.kind not in "uiU":
             raise DataError(
-                f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected a whole number for each of "
-                f"{len(part.images)} images"
+                f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected a whole number or a text for "
+                f"each of {len(part.images)} images"
             )
         given.append(labels if labels.dtype.kind == "U" else labels.astype("int64"))  # -1 is no unsigned number
     first = given[0]
@@ -370,7 +372,7 @@ def _npz(path):
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
             known = {role: [name for name in usual if name in names] for role, usual in ARRAYS.items()}
-            found = {role: arrays[those[0]] for role, those in known.items() if those}
+            found = {role: _array(arrays, those[0], role) for role, those in known.items() if those}
     except Exception as error:  # zipfile, zlib and NumPy each raise their own on a broken file
         raise DataError(f"{path} cannot be read as an .npz of arrays: {error}") from None
     for role, those in known.items():
@@ -383,6 +385,16 @@ def _npz(path):
         _Part(_levels(path, found[role]), found.get(f"{role} labels")) if role in found else None
         for role in ("train", "test")
     )
+
+
+def _array(arrays, name, role):
+    """An array of an .npz; labels that are Python objects, which are not read, as an array without any."""
+    try:
+        return arrays[name]
+    except ValueError as error:
+        if "labels" in role and "Object arrays" in str(error):
+            return np.empty(0, object)
+        raise
 
 
 def _memory():
@@ -477,7 +489,11 @@ def _image_files(folder, below=True):
             if link.resolve() in (step.resolve() for step in (place, *place.parents, *place.resolve().parents)):
                 raise DataError(f"{link} is a link to a folder that it is in; remove it")
         files += [place / name for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise DataError(f"{file} is a link to nothing; remove it, or mount what it leads to")
+    return [file for file in files if file.is_file()]
 
 
 def _parts(path):
@@ -541,6 +557,8 @@ def _eight_bits(file, image):
     """A Pillow image of 8 bits a channel: of more than these the upper 8, which Pillow's `convert` does not take."""
     from PIL import Image
 
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         bits = image.tag_v2[258][0] if image.format == "TIFF" else 16  # BitsPerSample: 12 is possible
         return Image.fromarray((np.asarray(image) >> (bits - 8)).astype("uint8"))

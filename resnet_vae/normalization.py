@@ -29,6 +29,15 @@ class BatchNormalization(layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         return self._fused(inputs, None, None, training)
 
+    def _moments(self, inputs, mask):
+        if mask is None and keras.backend.backend() == "tensorflow" and not self.synchronized:
+            # `tf.nn.moments` takes the mean for a constant in the variance, so that second derivatives are wrong
+            x = _precise(inputs)
+            mean = ops.mean(x, axis=self._reduction_axes, keepdims=True)
+            variance = ops.mean(ops.square(x - mean), axis=self._reduction_axes)
+            return tuple(ops.cast(each, inputs.dtype) for each in (ops.reshape(mean, (-1,)), variance))
+        return super()._moments(inputs, mask)
+
     def biased(self, inputs, bias, training=None, shift=None):
         """The normalisation of inputs + bias, and a shift added to it.
 

@@ -94,6 +94,10 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
         latents. `model` shares the other layers, so it is frozen, too, until `adapt` is called with frozen=False.
     """
     model = getattr(model, "encoder", model)
+    if len(model.outputs) == 1 and len(model.output_shape) != 2:
+        raise ValueError(
+            f"{model.name} makes outputs of shape {model.output_shape[1:]}; expected a classifier, a VAE or its encoder"
+        )
     outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
     features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
     for layer in features.layers:  # not `features` as a whole: TensorFlow skips an attribute set to what it is

@@ -151,7 +151,10 @@ def _check_shape(images, expected):
     given = tuple(images.shape[1:])
     if not _agree(given, expected):
         told = ", ".join("any" if size is None else str(size) for size in expected)
-        hint = "; images[..., None] have a channel" if len(given) == 2 and len(expected) == 3 else ""
+        hint = ""
+        if len(given) == 2 and len(expected) == 3:
+            single = _agree(images.shape, expected)
+            hint = "; image[None] is a batch of one" if single else "; images[..., None] have a channel"
         raise ValueError(f"images of shape {tuple(images.shape)}; expected (batch, {told}){hint}")
 
 
@@ -205,6 +208,15 @@ class VAE(_Model):
         shapes = [getattr(encoder, "input_shape", None), getattr(decoder, "output_shape", None)]
         if all(isinstance(shape, tuple) for shape in shapes) and not _agree(*shapes):
             raise ValueError(f"the encoder takes images of shape {shapes[0][1:]}, the decoder makes {shapes[1][1:]}")
+        outputs, latents = getattr(encoder, "outputs", None), getattr(decoder, "input_shape", None)
+        if outputs and len(outputs) != 2:
+            raise ValueError(f"the encoder's outputs are {len(outputs)}; expected two: mean and log-variance")
+        if isinstance(latents, tuple):
+            for output in outputs or ():
+                if not _agree(output.shape, latents):
+                    raise ValueError(
+                        f"the encoder makes latents of shape {tuple(output.shape[1:])}, the decoder takes {latents[1:]}"
+                    )
         self.supports_jit = worth_compiling()
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
@@ -225,6 +237,8 @@ class VAE(_Model):
                 self.make_train_function(force=True)
             if getattr(self, "test_function", None):
                 self.make_test_function(force=True)
+        if name == "predict_function" and value is None and hasattr(self, "_calibration"):  # as `compile` sets it
+            self._calibration().predict_function = None  # or else it would go on computing what was there before
 
     def build(self, input_shape=None):
         self.sampler.built = self.built = True  # encoder and decoder come built
@@ -252,6 +266,8 @@ class VAE(_Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if sample_weight is not None:
             raise ValueError("the VAE's objective is an average over images; sample_weight is not supported")
+        if self._compile_loss is not None:
+            raise ValueError("the VAE's objective is its own; compile it without loss (metrics may be given)")
         kl, reconstruction, *penalties = self.losses
         penalty = sum(penalties, start=ops.zeros((), "float32"))
         count = ops.shape(x)[0]
@@ -276,7 +292,7 @@ class VAE(_Model):
 
     def _check(self, images):
         """Refuse an array or a tensor that are no images for this network, before Keras begins."""
-        if isinstance(images, (list, tuple, dict)):
+        if images is None or isinstance(images, (list, tuple, dict)):
             raise ValueError(f"images are given as a {type(images).__name__}; expected one array or tensor of them")
         if isinstance(images, np.ndarray) or ops.is_tensor(images):
             self._check_input(images)
@@ -292,6 +308,11 @@ class VAE(_Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check(x)
+        if kwargs.get("class_weight") is not None:
+            raise ValueError("the VAE's objective is an average over images; class_weight is not supported")
+        validation = kwargs.get("validation_data")  # Keras would look at them after the first epoch
+        if validation is not None:
+            self._check(validation[0] if isinstance(validation, (list, tuple)) else validation)
         return super().fit(x, *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):
@@ -400,13 +421,16 @@ def build_vae(config, image_shape=None):
     Raises:
         ValueError: a height or width that is not a multiple of 8, or an image shape that only the data can tell.
     """
-    image_shape = image_shape or config.image_shape or DATASETS.get(config.dataset)
+    if image_shape is None:
+        image_shape = config.image_shape or DATASETS.get(config.dataset)
     if image_shape is None:
         raise ValueError(f"the image shape of {config.dataset} is not known here; pass image_shape or set IMAGE_SHAPE")
-    if len(image_shape) != 3 or None in image_shape or image_shape[0] % 8 or image_shape[1] % 8 or min(image_shape) < 1:
+    shape = [size if isinstance(size, (int, np.integer)) else 0 for size in image_shape]
+    if len(shape) != 3 or shape[0] % 8 or shape[1] % 8 or min(shape) < 1:
         raise ValueError(
             f"image shape {tuple(image_shape)}: expected height, width and channels, the first two multiples of 8"
         )
+    image_shape = tuple(map(int, shape))
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision(config))
     try:

@@ -205,6 +205,30 @@ def test_fast_block_of_images_far_from_zero(kind):
     assert np.abs(fast - exact).max() < 3 * np.abs(plain - exact).max() + 1e-4
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="second derivatives as TensorFlow has them")
+@pytest.mark.parametrize("shape", [(12, 3), (4, 2, 2, 3)], ids=str)
+def test_second_derivatives_of_a_normalization(shape):
+    """The derivative of a gradient in a direction, in float64, is that of finite differences."""
+    import tensorflow as tf
+
+    layer = BatchNormalization(dtype="float64")
+    layer.build(shape)
+    x, direction = (tf.constant(RNG.standard_normal(shape)) for _ in range(2))
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(tf.tanh(layer(x, training=True)) ** 2)
+        return tape.gradient(total, x)
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        along = tf.reduce_sum(gradient(x) * direction)
+    step = 1e-5
+    expected = (gradient(x + step * direction) - gradient(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(tape.gradient(along, x), expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow with oneDNN")
 @pytest.mark.parametrize("kind", ["conv", "transposed", "basic", "basic, transposed", "pre", "pool"])
 def test_gradients_in_float32_are_those_in_float64(kind):

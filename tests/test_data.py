@@ -174,6 +174,7 @@ def test_the_fingerprint_is_of_all_images_whatever_the_seed(tmp_path):
         (None, "has no labels"),
         ({"y_train": np.arange(19)}, "labels are int64 of shape"),
         ({"y_train": np.ones(20)}, "labels are float64"),
+        ({"y_train": np.array(["cat", "dog"] * 10, dtype=object)}, "labels are Python objects, which are not read"),
         ({"y_train": np.arange(20) - 1}, "run from -1 to 18"),
         ({"y_train": np.arange(20) * 2}, "training labels run to 38, but 19 of these classes have no images"),
         ({"y_train": np.arange(20) % 3, "x_test": pictures(2, 8, 8), "y_test": np.array([0, 3])}, "run from 0 to 3"),
@@ -232,6 +233,28 @@ def test_images_of_all_kinds_that_are_usual(tmp_path):
         write_folder(tmp_path / suffix, pictures(2, 8, 8), suffix)
     (tmp_path / "notes.txt").write_text("no image")
     assert len(load(tmp_path, validation="test").train) == round(0.9 * 2 * len(suffixes))
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparent_colours_of_a_palette(tmp_path):
+    """Several, of which Pillow warns where they are made to RGB."""
+    from PIL import Image
+
+    image = Image.fromarray(np.arange(256, dtype="uint8").reshape(16, 16), "P")
+    image.putpalette(RNG.integers(0, 256, 768).tolist())
+    for number in range(6):
+        image.save(tmp_path / f"a{number}.png", transparency=bytes(range(256)))
+        image.convert("RGB").save(tmp_path / f"b{number}.png")
+    data = load(tmp_path)
+    images = np.concatenate([data.train, data.validation, data.test])
+    assert images.shape == (12, 16, 16, 3)
+    assert len(np.unique(images, axis=0)) == 1
+
+
+def test_data_sets_are_the_same_where_they_are_one():
+    data = load("digits")
+    assert data == data
+    assert data != load("digits")
 
 
 def test_images_are_cut_at_the_middle_and_resized_smoothly(tmp_path):
@@ -319,6 +342,9 @@ def test_folders_that_are_links_are_followed(tmp_path):
     for number in range(2):
         (tmp_path / "data" / "train" / f"class{number}").symlink_to(tmp_path / "elsewhere" / f"class{number}")
     assert load(tmp_path / "data").fingerprint == load(tmp_path / "elsewhere").fingerprint
+    (tmp_path / "elsewhere" / "class0" / "lost.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(DataError, match=r"lost\.png is a link to nothing; remove it"):
+        load(tmp_path / "data")
     (tmp_path / "elsewhere" / "class1" / "again").symlink_to(tmp_path / "data")
     with pytest.raises(DataError, match="class1/again is a link to a folder that it is in"):
         load(tmp_path / "data")

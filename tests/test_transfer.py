@@ -110,6 +110,11 @@ def test_other_classes_leave_the_last_layer_and_nothing_else():
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)))
 
 
+def test_a_network_that_makes_images_is_not_adapted_to_labels():
+    with pytest.raises(ValueError, match=r"decoder makes outputs of shape \(8, 8, 1\); expected a classifier"):
+        adapt(build_vae(Config(**TINY), (8, 8, 1)).decoder, 5)
+
+
 def test_other_networks_are_refused_before_anything_is_copied():
     target = classifier()
     before = target.get_weights()

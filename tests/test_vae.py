@@ -178,6 +178,37 @@ def test_floats_are_the_same_images_in_bfloat16(images):
     assert figures[0] == pytest.approx(figures[1], rel=1e-6)
 
 
+def test_what_keras_takes_and_this_objective_has_not(images):
+    """Before an epoch is trained."""
+    vae = dense_vae()
+    vae.compile("sgd", loss="mse")
+    with pytest.raises(ValueError, match="the VAE's objective is its own; compile it without loss"):
+        vae.train_on_batch(images)
+    vae.compile("sgd")
+    start = vae.get_weights()
+    for options, told in (
+        ({"class_weight": {0: 1.0}}, "class_weight is not supported"),
+        ({"validation_data": (images.astype("float32"),)}, r"float32 images run from 0 to 255; expected"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            vae.fit(images, verbose=0, **options)
+    with pytest.raises(ValueError, match="images are given as a NoneType; expected one array"):
+        vae.evaluate(None)
+    with pytest.raises(ValueError, match=r"images of shape \(16, 16, 1\).*; image\[None\] is a batch of one"):
+        vae.predict(images[0])
+    for one, other in zip(vae.get_weights(), start, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_encoder_and_a_decoder_that_do_not_fit_are_refused(tiny_vae):
+    images, latents = keras.Input((16, 16, 1)), keras.Input((3,))
+    decoder = keras.Model(latents, keras.layers.Reshape((16, 16, 1))(keras.layers.Dense(256, "sigmoid")(latents)))
+    with pytest.raises(ValueError, match=r"makes latents of shape \(8,\), the decoder takes \(3,\)"):
+        VAE(tiny_vae.encoder, decoder)
+    with pytest.raises(ValueError, match="the encoder's outputs are 1; expected two: mean and log-variance"):
+        VAE(keras.Model(images, keras.layers.Dense(3)(keras.layers.Flatten()(images))), decoder)
+
+
 def test_a_decoder_of_logits_is_refused():
     with pytest.raises(ValueError, match=r"decoder's images run from 3 to 3; expected \[0, 1\]: if these are logits"):
         dense_vae(activation="linear")
@@ -258,6 +289,19 @@ def test_calibration_leaves_out_a_part_of_a_batch(deep_vae, images):
         results.append(np.concatenate([value.ravel() for value in values(moving_averages(deep_vae))]))
     np.testing.assert_array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
+
+
+def test_calibration_is_of_the_network_as_it_was_last_compiled(images):
+    vae, results = build_vae(Config(**TINY, dropout=0.1, initialization="published")), []
+    for fresh in (False, True):
+        for rate in (0.1,) if fresh else (0.9, 0.1):
+            vae.decoder.get_layer("intermediate_dropout").rate = rate
+            vae.compile("adam")
+            if fresh:
+                vae._calibration().predict_function = None
+            vae.calibrate(images, batch_size=16)
+        results.append(np.concatenate([value.ravel() for value in values(moving_averages(vae))]))
+    np.testing.assert_array_equal(*results)
 
 
 def test_calibrated_averages_are_the_batches_moments(deep_vae, images):
@@ -721,9 +765,10 @@ def test_other_image_shapes(shape):
 
 
 def test_shapes_that_cannot_be():
-    for shape in ((30, 32, 3), (None, None, 3), (8, 8, 0), (8, 8)):
+    for shape in ((30, 32, 3), (None, None, 3), (8, 8, 0), (8, 8), (16.0, 16.0, 3), ("16", "16", "3")):
         with pytest.raises(ValueError, match="multiples of 8"):
             build_vae(Config(), shape)
+    assert build_vae(Config(**TINY), np.array([8, 8, 1])).encoder.input_shape == (None, 8, 8, 1)
     with pytest.raises(ValueError, match="set IMAGE_SHAPE"):
         build_vae(Config(dataset="some/folder"))
 
