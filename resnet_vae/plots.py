@@ -226,7 +226,9 @@ def _one_depth(figure, runs):
         axes.plot(run.metrics["validation"]["loss"], number, "o", color=color)
         axes.plot(run.metrics["train"]["loss"], number, "s", color=color, fillstyle="none")
     shown = [", ".join([*([run.config.loss_meaning] if len(meanings) > 1 else []), *_swept(run, runs)]) for run in runs]
-    axes.set_yticks(range(len(runs)), [label or run.folder.name for label, run in zip(shown, runs, strict=True)])
+    axes.set_yticks(
+        range(len(runs)), [label or _literal(run.folder.name) for label, run in zip(shown, runs, strict=True)]
+    )
     axes.set_ylim(len(runs) - 0.5, -0.5)
     told = f", {meanings.pop()}" if len(meanings) == 1 else ""
     axes.set(xlabel="loss, nats per image", title=f"depth {runs[0].config.resnet_depth}{told}")
@@ -266,11 +268,16 @@ def _swept(run, runs):
     names = swept(runs, SHOWN - {"width"})
     if len({(describe(each), *_values(each, names)) for each in runs}) < len(runs):
         names = swept(runs, SHOWN - {"width", "epochs"})
-    return _values(run, names) if len(names) <= FEW else [run.folder.name]
+    return _values(run, names) if len(names) <= FEW else [_literal(run.folder.name)]
 
 
 def _values(run, names):
-    return [f"{name.replace('_', ' ')} {format_setting(run.config.recipe()[name])}" for name in names]
+    return [_literal(f"{name.replace('_', ' ')} {format_setting(run.config.recipe()[name])}") for name in names]
+
+
+def _literal(text):
+    """A text whose dollars do not begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def describe(run):

@@ -89,7 +89,7 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "config.json").exists() and any(folder.glob("*/metrics.json")):
         raise RecordError(f"{folder} is a sweep; expected one of the runs below it")
-    config = _read_config(folder)
+    config = read_config(folder)
     metrics, provenance = _read(folder / "metrics.json", _Metrics), _read(folder / "provenance.json", _Provenance)
     return Run(folder, config, read_history(folder / "history.csv"), metrics, provenance)
 
@@ -103,7 +103,12 @@ def _read(path, schema):
         raise RecordError(f"{path} cannot be read: {place}: {finding['msg']}") from None
 
 
-def _read_config(folder):
+def read_config(folder):
+    """The configuration in a run's folder, whether the run is finished or not.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
     path = folder / "config.json"
     try:
         return Config.from_record(read_json(path))
@@ -190,7 +195,7 @@ def is_finished(config, data=None):
         _check_place(folder)
         return False
     _read(folder / "metrics.json", _Metrics)
-    recorded = _read_config(folder).recipe()
+    recorded = read_config(folder).recipe()
     asked = config.recipe()
     if asked["image_shape"] is None:
         asked["image_shape"] = recorded["image_shape"]

@@ -221,6 +221,9 @@ def notes(runs):
     if any(run.config.beta != 1 for run in runs):
         remarks.append("Where beta is not 1, the loss is no bound.")
     for run in runs:
+        if (done := run.metrics["epochs"]) < run.config.epochs:
+            told = f"{run.folder.name} was stopped after {done} of {run.config.epochs} epochs, by PATIENCE"
+            remarks.append(f"{told}{', while its rate was falling' if run.config.schedule == 'cosine' else ''}.")
         if count := int(run.history[-1].get("rollbacks", 0)):
             remarks.append(f"{run.folder.name} diverged and went on at half the learning rate, {count} times in all.")
     return remarks
@@ -240,7 +243,7 @@ def tables(folder):
     latex = "\\begin{tabular}{l" + "r" * (len(headings) - 1) + "}\n\\hline\n"
     for number, line in enumerate([headings, *cells]):
         latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
-    latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {note}\n" for note in remarks)
+    latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {' '.join(note.splitlines())}\n" for note in remarks)
 
     return {"table.md": markdown, "table.csv": csv_text(rows, shown), "table.tex": latex}
 

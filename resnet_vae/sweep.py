@@ -3,12 +3,13 @@
 import itertools
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from resnet_vae import checkpoints
 from resnet_vae.config import Config, ConfigError, UserError, did_you_mean
 from resnet_vae.data import check_dataset
-from resnet_vae.records import check_sweep, is_finished
+from resnet_vae.records import RecordError, check_sweep, is_finished, read_config
 
 DEFAULTS = {"SWEEP": "DEPTHS", "DEPTHS": "28 40 70 100"}
 RUNNERS = ("notebook", "command")
@@ -32,7 +33,7 @@ def runs_of(folder, environ=None):
     environ = os.environ if environ is None else environ
     environ = {name: value for name, value in environ.items() if value.strip()}
     check_sweep(Path(folder))
-    runs, alike, problems = {}, {}, []
+    runs, alike, problems = {}, _recorded(Path(folder)), []
     if environ.get("RUNNER", RUNNERS[0]) not in RUNNERS:
         problems.append(f"RUNNER is {environ['RUNNER']!r}; expected {' or '.join(RUNNERS)}")
     if "OUTDIR" in environ:
@@ -42,7 +43,7 @@ def runs_of(folder, environ=None):
 
     def check(name, settings):
         config = Config.from_env({**environ, **settings, "OUTDIR": str(Path(folder, name))})
-        first = alike.setdefault(str(config.recipe()), name)  # which the table can tell apart
+        first = alike.setdefault(_key(config), name)  # which the table can tell apart
         if name in runs or first != name:
             raise ConfigError(f"{name} is there twice" if name in runs else f"{first} and {name} are the same run")
         if not is_finished(config):
@@ -55,6 +56,21 @@ def runs_of(folder, environ=None):
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return runs
+
+
+def _key(config):
+    """A text that is equal for configurations of the same run, as given and as recorded."""
+    shape = config.recipe()["image_shape"] if config.origins["image_shape"] != "default" else None
+    return str({**config.recipe(), "image_shape": shape})
+
+
+def _recorded(folder):
+    """The runs that a sweep's folder holds already: `_key` → name."""
+    found = {}
+    for path in sorted(folder.glob("*/config.json")):
+        with suppress(RecordError):  # it is told when that run's turn comes
+            found.setdefault(_key(read_config(path.parent)), path.parent.name)
+    return found
 
 
 def _told(check, *arguments):

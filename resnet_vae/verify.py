@@ -16,6 +16,7 @@ from resnet_vae.config import UserError
 from resnet_vae.records import (
     FIGURES,
     HASHED,
+    PICTURES,
     RecordError,
     check_sweep,
     model_of,
@@ -43,7 +44,9 @@ def verify(folder):
     """
     folder = Path(folder)
     try:
-        return _record(folder) if (folder / "record.json").exists() else _sweep(folder)
+        if not (folder / "record.json").exists():
+            return _sweep(folder)
+        return _record(folder) + (_sweep(folder) if any(folder.glob("*/config.json")) else [])
     except (UserError, OSError) as error:
         return [str(error)]
 
@@ -145,12 +148,34 @@ def _run(run):
                 "metrics.json",
                 f"has a {part}_floor of {floor:.1f}; expected more than 0 and at most the reconstruction's {most:.1f}",
             )
-    if metrics["loss_is"] != run.config.loss_meaning:
-        yield "metrics.json", f"calls the loss {metrics['loss_is']!r}; it is {run.config.loss_meaning!r}"
+    if run.config.validation == "test":  # the same images and the same weights
+        for part in FIGURES:
+            if not math.isclose(metrics["test"][part], metrics["validation"][part], rel_tol=1e-5, abs_tol=1e-9):
+                yield "metrics.json", f"has another test {part} than that of the validation on the same images"
+        if floors["validation"] != floors["test"]:
+            yield "metrics.json", "has another test_floor than validation_floor, of the same images"
+    seconds, trained_on = run.provenance["seconds"], run.provenance["data"]["train"]
+    batch = min(run.config.batch_size, trained_on)
+    rates = {
+        "seconds_per_epoch": seconds / metrics["epochs"],
+        "images_per_second": trained_on // batch * batch * metrics["epochs"] / seconds,
+    }
+    for name, rate in rates.items():
+        if not math.isclose(run.provenance.get(name, rate), rate):
+            yield "provenance.json", f"has {run.provenance[name]:.4g} {name}; its seconds and images give {rate:.4g}"
+    computed_in = run.provenance.get("precision", run.config.precision)
+    if run.config.precision not in ("auto", computed_in):
+        yield "provenance.json", f"has the precision {computed_in}; in config.json it is {run.config.precision}"
     evaluations = {path.name: read_json(path) for path in sorted(run.folder.glob("evaluation-*.json"))}
-    for name, figures in [("metrics.json", metrics["test"]), *evaluations.items()]:
+    tests = {"metrics.json": {"loss_is": metrics["loss_is"], **metrics["test"]}, **evaluations}
+    for name, figures in tests.items():
+        if figures["loss_is"] != run.config.loss_meaning:
+            yield name, f"calls the loss {figures['loss_is']!r}; it is {run.config.loss_meaning!r}"
         if not math.isclose(figures["loss"], figures["reconstruction"] + beta * figures["kl"], rel_tol=1e-5):
             yield name, "has a loss that is not reconstruction + beta × KL"
+    for name in PICTURES:
+        if not (run.folder / f"{name}.png").exists():
+            yield f"{name}.png", "is missing"
 
 
 def _parameters(config):

@@ -32,7 +32,7 @@ if [ -z "${RUNNER:-}" ]; then
   if "$PYTHON" -c "import nbconvert, ipykernel" 2> /dev/null; then RUNNER=notebook; else RUNNER=command; fi
 fi
 
-failed=()
+failed=() busy=()
 evaluated=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "${EVALUATE:-}") # as a record has it
 evaluate() { # a finished run, once
   [ -z "${EVALUATE:-}" ] && return
@@ -66,12 +66,15 @@ while read -ra settings <&3; do # not mapfile, which macOS's bash is without
   wait "$child"
   case $? in
     0) evaluate "$sweep/$name" ;;
-    4) failed+=("$name (in work elsewhere)") ;;
+    4) busy+=("$name") ;;
     *) failed+=("$name") ;;
   esac
   child=
 done 3<<< "$runs"
 
+for name in ${busy[@]+"${busy[@]}"}; do # in another process, which may have finished meanwhile
+  if [ -f "$sweep/$name/metrics.json" ]; then evaluate "$sweep/$name"; else failed+=("$name (in work elsewhere)"); fi
+done
 "$PYTHON" -m resnet_vae table "$sweep" || failed+=(table)
 if [ ${#failed[@]} -gt 0 ]; then
   echo "error: not finished: ${failed[*]}" >&2

@@ -21,7 +21,7 @@ from resnet_vae import Config
 from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
 from resnet_vae.plots import curves, losses_by_epoch, of_sweep
-from resnet_vae.records import FIGURES, Run, read_sweep, whole
+from resnet_vae.records import FIGURES, HASHED, Run, read_sweep, sha256_of, whole
 from resnet_vae.results import POST, swept, table_rows, write_table
 from resnet_vae.verify import _parameters, verify
 
@@ -313,6 +313,27 @@ def test_runs_of_one_depth_have_a_row_each_and_the_legend_is_outside(tmp_path):
     assert axes.get_title() == "depth 28, negative ELBO"
 
 
+def test_a_table_tells_of_runs_that_were_stopped(tmp_path):
+    """With their rate still high, so that they do not compare with those that were not."""
+    for depth, epochs in ((28, 2), (34, 10)):
+        write_run(tmp_path / f"depth-{depth}", depth, 1850.0, epochs=epochs)
+    path = tmp_path / "depth-34" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 2}))
+    table = write_table(tmp_path)
+    assert "depth-34 was stopped after 2 of 10 epochs, by PATIENCE, while its rate was falling." in table
+    assert "depth-28 was stopped" not in table
+
+
+def test_names_with_dollars_and_lines_are_drawn_and_typeset_as_they_are(tmp_path):
+    for number, name in enumerate(("cost_$5_and_$6^", "two\nlines_$5_$6^")):
+        write_run(tmp_path / str(number), 28, 1850.0, name, dataset=name)
+    for figure in of_sweep(read_sweep(tmp_path)).values():
+        figure.draw_without_rendering()
+    write_table(tmp_path)
+    after = (tmp_path / "table.tex").read_text().partition("\\end{tabular}\n")[2]
+    assert all(line.startswith("%") for line in after.splitlines())
+
+
 def test_a_table_has_the_bound_where_a_loss_is_none(tmp_path):
     write_run(tmp_path / "elbo", 28, 1830.0)
     write_run(tmp_path / "published", 28, 1800.0, objective="published")
@@ -441,7 +462,7 @@ def damaged_picture(name, length):
     return spoil
 
 
-METRICS = "depth-28/metrics.json"
+METRICS, PROVENANCE = "depth-28/metrics.json", "depth-28/provenance.json"
 CALM_HOURS = json.loads((RESULTS / "calm" / "depth-28" / "provenance.json").read_text())["seconds"] / 3600
 
 
@@ -468,6 +489,20 @@ CALM_HOURS = json.loads((RESULTS / "calm" / "depth-28" / "provenance.json").read
         (another_picture, "curves.png is not the figure"),
         (damaged_picture("losses_by_depth.png", 0), "losses_by_depth.png cannot be read as a picture: not a PNG file"),
         (damaged_picture("depth-28/curves.png", 2000), "curves.png cannot be read as a picture: "),
+        (lambda sweep: (sweep / "depth-28" / "samples.png").unlink(), "samples.png is missing"),
+        (
+            change(PROVENANCE, '"seconds_per_epoch": [^,]*', '"seconds_per_epoch": 1.5'),
+            "has 1.5 seconds_per_epoch; its seconds and images give 16.34",
+        ),
+        (
+            change(PROVENANCE, '"images_per_second": [^,]*', '"images_per_second": 1.5'),
+            "has 1.5 images_per_second; its seconds and images give 275.3",
+        ),
+        (
+            change(PROVENANCE, '"precision": [^,]*', '"precision": "mixed_bfloat16"'),
+            "has the precision mixed_bfloat16; in config.json it is float32",
+        ),
+        (lambda sweep: (sweep / "record.json").write_text('{"files": {}}'), "is not in record.json"),
         (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not one row per epoch for 6 epochs"),
         (change(METRICS, '"best_epoch": 6', '"best_epoch": 9'), "has epoch 9 for the best; in history.csv it is 6"),
         (change(METRICS, '"best_epoch"', '"worst_epoch"'), "best_epoch: Field required"),
@@ -484,6 +519,28 @@ def test_verify_tells_what_does_not_match(tmp_path, spoil, told):
     copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
     spoil(copy)
     assert told in "\n".join(verify(copy))
+
+
+@pytest.mark.parametrize("part", ["reconstruction", "kl", "loss"])
+def test_test_images_that_were_the_validation_images_have_its_figures(tmp_path, part):
+    copy = shutil.copytree(RESULTS / "table1-elbo-seeds", tmp_path / "copy")
+    change("seed-1/metrics.json", f'(test": {{[^}}]*"{part}"): [^,]*', scaled(1.01))(copy)
+    assert f"has another test {part} than that of the validation on the same images" in "\n".join(verify(copy))
+
+
+def test_an_evaluation_is_told_what_its_loss_is(tmp_path):
+    copy = shutil.copytree(RESULTS / "table1-elbo-seeds", tmp_path / "copy")
+    (path,) = (copy / "seed-1").glob("evaluation-*.json")
+    change(f"seed-1/{path.name}", '"loss_is": [^,]*', '"loss_is": "a bound"')(copy)
+    assert "calls the loss 'a bound'; it is 'negative ELBO'" in "\n".join(verify(copy))
+
+
+def test_a_sweep_with_an_experiments_record_in_it_is_verified_as_well(tmp_path):
+    copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
+    (copy / "losses_by_depth.png").unlink()
+    files = {path.name: sha256_of(path) for path in copy.iterdir() if path.suffix in HASHED}
+    (copy / "record.json").write_text(json.dumps({"files": files}))
+    assert verify(copy) == [f"{copy / 'losses_by_depth.png'} is missing"]
 
 
 def test_verify_tells_of_a_table_that_is_missing(tmp_path):
@@ -578,7 +635,9 @@ def test_images_of_two_data_sets_may_differ(tmp_path):
 
 def test_verify_adds_up_evaluations(tmp_path):
     copy = shutil.copytree(RESULTS / "calm", tmp_path / "copy")
-    (copy / "depth-28" / "evaluation-x.json").write_text(json.dumps({"loss": 3.0, "reconstruction": 1.0, "kl": 1.0}))
+    (copy / "depth-28" / "evaluation-x.json").write_text(
+        json.dumps({"loss_is": "", "loss": 3.0, "reconstruction": 1.0, "kl": 1.0})
+    )
     assert "evaluation-x.json has a loss that is not" in "\n".join(verify(copy))
 
 

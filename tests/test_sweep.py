@@ -219,6 +219,32 @@ def test_a_sweep_is_finished_when_all_of_it_is(stand_in, fails):
     assert stand_in(fails, EVALUATE="digits")[:2] == (1, f"error: not finished: {FAILURES[fails]}\n")
 
 
+def test_what_another_process_has_finished_meanwhile_is_finished(stand_in, tmp_path):
+    """The one that trained in it when its turn came."""
+    for depth in (28, 34):
+        write_run(tmp_path / "sweep" / f"depth-{depth}", depth, 1850.0)
+    code, told, calls = stand_in("finished:3 train:4", EVALUATE="digits")
+    assert (code, told) == (0, "")
+    assert [call.split()[1] for call in calls if call.startswith("evaluate")] == ["sweep/depth-28", "sweep/depth-34"]
+
+
+def test_a_run_by_another_spelling_is_not_another_run(tmp_path):
+    """Also where it is in the sweep's folder already, trained or begun, with the shape of its images."""
+    write_run(
+        tmp_path / "learning_rate-0.01", 28, 1850.0, learning_rate=0.01, dataset="digits", image_shape=(16, 16, 1)
+    )
+    config = tmp_path / "learning_rate-0.01" / "config.json"
+    record = json.loads(config.read_text())
+    record["origins"]["image_shape"] = "default"
+    config.write_text(json.dumps(record))
+    given = {"SWEEP": "LEARNING_RATE", "DATASET": "digits", "RESNET_DEPTH": "28"}
+    with pytest.raises(ConfigError, match=r"learning_rate-0\.01 and learning_rate-1e-2 are the same run"):
+        runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})
+    assert list(runs_of(tmp_path, {**given, "LEARNING_RATE": "2e-2"})) == ["learning_rate-2e-2"]
+    config.write_text("{")
+    assert list(runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})) == ["learning_rate-1e-2"]
+
+
 def test_a_sweep_trains_evaluates_and_makes_the_table_in_this_order(stand_in):
     expected = [
         call.format(depth)
