@@ -118,7 +118,8 @@ def draw(rows):
                     label = f"depth {depth}" if style == ".-" else None
                     axes.plot(epochs, seeds.mean(1), style, color=f"C{number}", label=label)
                     axes.fill_between(epochs, seeds.min(1), seeds.max(1), color=f"C{number}", alpha=0.15, lw=0)
-            axes.set(title=f"{network}, {kind}", xlabel="epoch")
+            told = "ReLU after the addition" if kind == "residual" and "pre-activation" in kinds else kind
+            axes.set(title=f"{network}, {told}", xlabel="epoch")
             whole_epochs(axes)
         axes.plot([], [], "k--", label="training images")
         axes.plot([], [], "k-", label="test images")

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from resnet_vae.devices import worth_compiling
 from resnet_vae.experiments.networks import (
@@ -28,6 +28,7 @@ from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.vae import VAE
 
 COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # kinds, and their colours
+NATS = FuncFormatter(lambda exponent, _: f"{10**exponent:.3g}")  # of axes of log10
 
 
 def kernels(model):
@@ -238,19 +239,24 @@ def draw_lines(rows):
 
 
 def draw_surfaces(rows):
-    """A panel a network: the loss over the random plane as a surface."""
+    """A panel a network: the loss over the random plane as a surface; heights and colours compare in each row."""
+    figure = Figure(figsize=(8.4, 3.9 * len(NETWORKS)), layout="constrained")
+    figure.suptitle("loss in nats, on a logarithmic scale, over two random directions in lengths of the filters")
     networks = _each(rows)
-    figure = Figure(figsize=(3.6 * len(networks), 4), layout="constrained")
-    told = "log10 of the loss in nats, each panel with its own heights"
-    figure.suptitle(f"{told}, over two random directions in lengths of the filters")
+    across = len(networks) // len(NETWORKS)
+    heights = {name: _grid([row for row in rows if row["network"] == name], "random")[2] for name in NETWORKS}
     for number, (title, own) in enumerate(networks, start=1):
-        axes = figure.add_subplot(1, len(networks), number, projection="3d")
-        axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200)
+        axes = figure.add_subplot(len(NETWORKS), across, number, projection="3d")
+        height = heights[own[0]["network"]]
+        limits = {"vmin": height.min(), "vmax": height.max()}
+        axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200, **limits)
+        axes.set_zlim(height.min(), height.max())
         axes.set_xlabel("first direction", labelpad=8)
         axes.set_ylabel("second direction", labelpad=8)
         axes.zaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title(title, y=0.92)  # below the figure's own
-        axes.set_box_aspect(None, zoom=0.8)
+        axes.zaxis.set_major_formatter(NATS)
+        axes.set_title(title, y=0.95)
+        axes.set_box_aspect(None, zoom=0.85)
     return figure
 
 
@@ -258,12 +264,12 @@ def draw_contours(rows, paths):
     """A column a network: the random plane above, below it the plane of the training's path, with the path."""
     networks = list(zip(_each(rows), _each(paths), strict=True))
     figure = Figure(figsize=(3.6 * len(networks), 6.8), layout="constrained")
-    figure.suptitle("log10 of the loss in nats")
+    figure.suptitle("loss in nats, on a logarithmic scale, each panel with its own colours")
     grid = figure.subplots(2, len(networks), squeeze=False)
     for (above, below), ((title, own), (_, path)) in zip(grid.T, networks, strict=True):
         for axes, plane in ((above, "random"), (below, "path")):
             filled = axes.contourf(*_grid(own, plane), levels=20)
-            figure.colorbar(filled, ax=axes)
+            figure.colorbar(filled, ax=axes, format=NATS)
         above.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)

@@ -103,12 +103,13 @@ def draw(rows):
     """A panel a network: accuracy against the number of labelled images, a line a way, a point a seed."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, network in zip(figure.subplots(1, len(NETWORKS), sharey=True), NETWORKS, strict=True):
-        for way, color in WAYS.items():
+        for number, (way, color) in enumerate(WAYS.items()):
             own = [row for row in rows if (row["network"], row["way"]) == (network, way)]
             counts = list(dict.fromkeys(row["labels"] for row in own))
             means = [np.mean([row["accuracy"] for row in own if row["labels"] == count]) for count in counts]
-            axes.semilogx(counts, means, "-", color=color, label=way)
-            axes.semilogx([row["labels"] for row in own], [row["accuracy"] for row in own], ".", color=color)
+            axes.semilogx(counts, means, "-", color=color, label="from scratch" if way == "scratch" else way)
+            beside = 1.06 ** (number - 1)  # so that points do not hide each other
+            axes.semilogx([row["labels"] * beside for row in own], [row["accuracy"] for row in own], ".", color=color)
             axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
         axes.set(title=f"{network}'s layers", xlabel="labelled images of each new class")
