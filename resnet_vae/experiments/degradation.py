@@ -3,7 +3,7 @@
 The observation of "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385), figures 1 and 6,
 for its classifiers and, beyond it, for the VAE: the same layers with and without shortcuts, at several depths, over
 several seeds. And, as one more kind of network, the comparison of "Identity Mappings in Deep Residual Networks"
-(https://arxiv.org/abs/1603.05027), table 2: activation after the addition against before the convolutions.
+(https://arxiv.org/abs/1603.05027), figure 1: activation after the addition against before the convolutions.
 """
 
 from functools import partial

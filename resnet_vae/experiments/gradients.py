@@ -79,7 +79,8 @@ def measure(settings):
     rows = []
 
     def add(network, kind, depth, norms):
-        mean = np.exp(np.mean(np.log(norms), axis=0))
+        with np.errstate(divide="ignore"):  # a gradient that vanished altogether
+            mean = np.exp(np.mean(np.log(norms), axis=0))
         for layer, values in enumerate(zip(mean, np.min(norms, axis=0), np.max(norms, axis=0), strict=True), start=1):
             norm, lowest, highest = map(float, values)
             row = {"network": network, "kind": kind, "depth": depth, "layer": layer}
