@@ -67,10 +67,8 @@ def save(folder, values, arrays):
         os.replace(partial, newest)
         sync(folder)
     except OSError as error:
-        raise RecordError(
-            f"{newest} cannot be written: {error.strerror}; the checkpoint before it, if any, is intact: the same "
-            "command goes on from there"
-        ) from None
+        then = "goes on from the one before" if exists(folder) else "begins anew"
+        raise RecordError(f"{newest} cannot be written: {error.strerror}; the same command {then}") from None
 
 
 def exists(folder):

@@ -237,11 +237,19 @@ def test_a_checkpoint_with_pickled_objects_is_refused(two_generations):
 
 def test_a_full_disk_leaves_the_checkpoint_before(two_generations):
     (two_generations / "partial-checkpoint").symlink_to("/dev/full")
-    with pytest.raises(RecordError, match=r"checkpoint cannot be written: No space left.*goes on from there"):
+    with pytest.raises(RecordError, match=r"checkpoint cannot be written: No space left.*goes on from the one before"):
         checkpoints.save(two_generations, {"number": 3}, [np.arange(9)])
     assert checkpoints.load(two_generations)[0] == {"number": 2}
     checkpoints.save(two_generations, {"number": 3}, [np.arange(9)])
     assert checkpoints.load(two_generations)[0] == {"number": 3}
+
+
+def test_a_full_disk_before_the_first_checkpoint(tmp_path):
+    (tmp_path / "partial-checkpoint").symlink_to("/dev/full")
+    with pytest.raises(
+        RecordError, match=r"checkpoint cannot be written: No space left.*; the same command begins anew"
+    ):
+        checkpoints.save(tmp_path, {}, [np.arange(9)])
 
 
 def test_a_folder_that_another_process_trains_in(tmp_path, monkeypatch):
