@@ -16,6 +16,7 @@ from resnet_vae.results import POST, SHOWN, format_setting, swept
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
 FEW = 4  # settings that a line's label names
+FAR = 3  # interquartile ranges above the upper quartile, from where a loss is told and not drawn
 
 
 def grid(images, columns, title=None, row_labels=None, side=0.55):
@@ -230,6 +231,15 @@ def _one_depth(figure, runs):
         range(len(runs)), [label or _literal(run.folder.name) for label, run in zip(shown, runs, strict=True)]
     )
     axes.set_ylim(len(runs) - 0.5, -0.5)
+    losses = [run.metrics[part]["loss"] for run in runs for part in ("validation", "train")]
+    usual, high = np.percentile(losses, [25, 75])
+    right = high + FAR * (high - usual)
+    if max(losses) > right:  # one that is far off would press the others together
+        axes.set_xlim(min(losses) - (right - high) / 20, right)
+        for number, run in enumerate(runs):
+            if (loss := run.metrics["validation"]["loss"]) > right:
+                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
+                axes.annotate(f"validation {loss:,.0f} → ", (1, number), **place)
     told = f", {meanings.pop()}" if len(meanings) == 1 else ""
     axes.set(xlabel="loss, nats per image", title=f"depth {runs[0].config.resnet_depth}{told}")
     axes.plot([], [], "ko", label="validation")

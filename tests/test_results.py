@@ -351,6 +351,16 @@ def test_a_table_has_the_bound_where_a_loss_is_none(tmp_path):
     assert "Bounds compare across objectives" in write_table(tmp_path)
 
 
+def test_a_loss_that_is_far_off_is_told_at_the_edge(tmp_path):
+    """Or else the differences of the others would not be seen."""
+    for seed, loss in enumerate((1870.0, 1872.0, 1875.0, 1880.0, 3630.0)):
+        write_run(tmp_path / f"seed-{seed}", 28, loss, seed=seed)
+    (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    left, right = axes.get_xlim()
+    assert left < 1865 < 1880 < right < 1930
+    assert [text.get_text() for text in axes.texts] == ["validation 3,630 → "]
+
+
 def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_path):
     for depth, epochs in ((28, 20), (100, 8)):
         for objective in ("elbo", "published"):
