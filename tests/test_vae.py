@@ -19,7 +19,7 @@ from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.config import blocks_per_stage
 from resnet_vae.data import entropy_floor
-from resnet_vae.devices import devices, precision, processor_has_amx
+from resnet_vae.devices import devices, precision, processor_has_amx, settle
 from resnet_vae.optimizer import AdamW
 from resnet_vae.records import FIGURES
 from resnet_vae.training import score
@@ -646,6 +646,7 @@ def test_sample_weight_is_refused(tiny_vae, images):
 def saved(images, tmp_path_factory):
     """A VAE after a few real steps of fit, and the folder where it is saved."""
     keras.utils.set_random_seed(4)
+    settle()
     folder = tmp_path_factory.mktemp("saved")
     vae = build_vae(Config(**TINY))
     vae.compile(keras.optimizers.Adam(0.01))
@@ -669,6 +670,7 @@ import sys
 from types import SimpleNamespace
 {imports}
 import numpy as np
+resnet_vae.devices.settle()
 vae = keras.saving.load_model(sys.argv[1] + "/vae.keras")
 images = np.load(sys.argv[1] + "/images.npy")
 np.savez(
@@ -682,7 +684,7 @@ np.savez(
 
 @pytest.mark.parametrize("imports", ["import resnet_vae, keras", "import keras, resnet_vae"])
 def test_a_saved_model_is_the_same_in_a_new_process(saved, images, imports):
-    """To the rounding of float32: a process that has trained computes without TensorFlow's rewriting of graphs."""
+    """To the rounding of float32; both compute without TensorFlow's rewriting of graphs, as after a training."""
     vae, _, folder = saved
     command = [sys.executable, "-c", LOAD.format(imports=imports), str(folder)]
     subprocess.run(command, check=True, env=os.environ, capture_output=True)
