@@ -223,7 +223,7 @@ def notes(runs):
     for run in runs:
         if (done := run.metrics["epochs"]) < run.config.epochs:
             told = f"{run.folder.name} was stopped after {done} of {run.config.epochs} epochs, by PATIENCE"
-            remarks.append(f"{told}{', while its rate was falling' if run.config.schedule == 'cosine' else ''}.")
+            remarks.append(f"{told}{', before its rate had fallen' if run.config.schedule == 'cosine' else ''}.")
         if count := int(run.history[-1].get("rollbacks", 0)):
             remarks.append(f"{run.folder.name} diverged and went on at half the learning rate, {count} times in all.")
     return remarks

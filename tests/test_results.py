@@ -320,7 +320,7 @@ def test_a_table_tells_of_runs_that_were_stopped(tmp_path):
     path = tmp_path / "depth-34" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 2}))
     table = write_table(tmp_path)
-    assert "depth-34 was stopped after 2 of 10 epochs, by PATIENCE, while its rate was falling." in table
+    assert "depth-34 was stopped after 2 of 10 epochs, by PATIENCE, before its rate had fallen." in table
     assert "depth-28 was stopped" not in table
 
 
