@@ -75,16 +75,15 @@ class VAE(nn.Module):
         x = self.encoder(images).permute(0, 2, 3, 1)  # (batch, rows, columns, features), as Keras flattens
         x = self.encoder_dense(x)
         x = functional.relu(self.encoder_bn(x.reshape(-1, x.shape[-1]))).reshape(len(images), -1)
+        x = x / (self.rows * self.columns)
+        mean, log_var = self.mean(x).float(), self.log_var(x).float().clamp(*LOG_VAR_RANGE)
         with torch.autocast(images.device.type, enabled=False):
-            x = x.float() / (self.rows * self.columns)
-            mean, log_var = self.mean(x), self.log_var(x).clamp(*LOG_VAR_RANGE)
             latents = mean + torch.exp(log_var / 2) * torch.randn_like(mean)
             kl = 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum() / len(images)
         x = functional.relu(self.decoder_bn(self.decoder_dense(latents)))
         x = x.reshape(len(images), self.rows, self.columns, -1).permute(0, 3, 1, 2)
-        x = self.decoder(x.contiguous(memory_format=torch.channels_last))
+        logits = self.image(self.decoder(x.contiguous(memory_format=torch.channels_last))).float()
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.image(x.float())
             reconstruction = functional.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
             return reconstruction + kl
 

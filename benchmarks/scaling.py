@@ -8,6 +8,8 @@ from pathlib import Path
 
 from speed import BASE, BenchmarkError, measure, run, write_ran_on, write_rows
 
+from resnet_vae.records import code
+
 BASE = BASE.replace(width=0.25, precision="float32")
 AXES = {  # what grows → its name in the figure, its values, and the configuration of a value
     "depth": ("depth", (28, 52, 100, 250, 502, 1000), lambda depth: BASE.replace(resnet_depth=depth)),
@@ -95,7 +97,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=3, help="turns of each size")
     parser.add_argument("--seconds", type=float, default=5, help="of a round, about; at least three training steps")
     chosen = parser.parse_args(arguments)
-    rows = []
+    rows, of_code = [], code()
     for axis in chosen.axes:
         _, values, make_config = AXES[axis]
         values = [value for value in values if value <= chosen.most]
@@ -107,7 +109,7 @@ def main(arguments=None):
     chosen.folder.mkdir(parents=True, exist_ok=True)
     write_rows(chosen.folder / "scaling", rows, COLUMNS)
     draw(rows).savefig(chosen.folder / "scaling.png", dpi=120)
-    write_ran_on(chosen.folder)
+    write_ran_on(chosen.folder, of_code)
     return 0
 
 

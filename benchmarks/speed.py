@@ -18,7 +18,7 @@ from pathlib import Path
 
 from resnet_vae.config import Config
 from resnet_vae.devices import devices, processor_prefers_bfloat16
-from resnet_vae.records import csv_text, environment, write_record, write_text
+from resnet_vae.records import code, csv_text, environment, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25)
 DEPTHS = (28, 40, 70, 100)  # of the post
@@ -59,7 +59,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "images_per_second": ("Images a second", "{:.1f}"),
     "lowest": ("lowest", "{:.1f}"),
     "highest": ("highest", "{:.1f}"),
-    "ratio": ("Ours to it", "{:.2f}"),
+    "ratio": ("The first to it", "{:.2f}"),
     "teraflop_per_second": ("TFLOP/s", "{:.3f}"),
     "peak_share": ("Of matrix products' speed, %", "{:.0f}"),
     "build_seconds": ("Import and build, s", "{:.1f}"),
@@ -309,19 +309,19 @@ def write_rows(path, rows, columns):
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def write(folder, rows):
-    """Write speed.csv, speed.md, speed.png and record.json."""
+def write(folder, rows, of_code):
+    """Write speed.csv, speed.md, speed.png and record.json; the code is of `code`, when it was imported."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "speed", rows, COLUMNS)
     draw(rows).savefig(folder / "speed.png", dpi=120)
-    write_ran_on(folder)
+    write_ran_on(folder, of_code)
 
 
-def write_ran_on(folder):
+def write_ran_on(folder, of_code):
     """Write record.json: what the contestants ran on, and the hashes of the tables and the figure."""
     import keras
 
-    write_record(folder, environment(keras.backend.backend(), devices()))
+    write_record(folder, environment(keras.backend.backend(), devices()) | of_code)
 
 
 def draw(rows):
@@ -372,11 +372,11 @@ def main(arguments=None):
     if chosen.work:
         work(*chosen.work)
         return 0
-    rows, failed = [], []
+    rows, failed, of_code = [], [], code()
     for case in chosen.cases:
         try:
             rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.seconds)
-            write(chosen.folder, rows)  # so that an interruption costs one case
+            write(chosen.folder, rows, of_code)  # so that an interruption costs one case
         except BenchmarkError as error:
             print(f"error: {case}: {error}; the case is left out", file=sys.stderr)
             failed.append(case)

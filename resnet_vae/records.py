@@ -347,8 +347,8 @@ def versions():
     return {name: installed(name) for name in ("keras", "tensorflow", "jax", "torch", "numpy")}
 
 
-def environment(backend, devices):
-    """What a run ran on: commit, versions, the backend and its devices, processor and cores."""
+def code():
+    """The commit of the code as it is now, and whether it is changed; None where that is not known."""
 
     def git(*words):
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -361,10 +361,14 @@ def environment(backend, devices):
         changes = git("status", "--porcelain", "--untracked-files=no", *but_records)
     except OSError:  # no git
         commit = changes = None
+    return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
+
+
+def environment(backend, devices):
+    """What a run ran on: commit, versions, the backend and its devices, processor and cores."""
     program = Path(sys.argv[0]).name
     return {
-        "commit": commit,
-        "dirty": None if commit is None or changes is None else bool(changes),
+        **code(),
         "python": platform.python_version(),
         "backend": backend,
         "versions": versions(),

@@ -48,7 +48,7 @@ import json
 import sys
 from pathlib import Path
 
-from resnet_vae.records import environment, write_record
+from resnet_vae.records import code, environment, write_record
 
 folder, runs, *numbers = sys.argv[1:]
 rounds, seconds, differences, *signals = map(int, numbers)
@@ -64,7 +64,7 @@ record = {
 calm = [json.loads(each.read_text()) for each in sorted(Path(runs).glob("calm/*/provenance.json"))]
 spent, trained = (sum(run[name] for run in calm) for name in ("checkpoint_seconds", "seconds"))
 record["checkpoints_percent_of_time"] = round(100 * spent / trained, 2)
-ran_on = environment(calm[0]["backend"], calm[0]["devices"])
+ran_on = environment(calm[0]["backend"], calm[0]["devices"]) | {name: calm[0][name] for name in code()}
 write_record(Path(folder), {**ran_on, "command": "scripts/soak.sh"}, **record)
 print(json.dumps(record))
 PYTHON

@@ -92,7 +92,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
     config = Config(width=1 / 16, latent_dim=4, intermediate_dim=16, batch_size=4, image_shape=(8, 8, 3))
     names = ["resnet_vae float32", "plain Keras float32"]
     rows = speed.measure("tiny", config, names, rounds=2, seconds=0)
-    speed.write(tmp_path, rows)
+    speed.write(tmp_path, rows, {"commit": "of the start"})
     with open(tmp_path / "speed.csv", newline="") as file:
         recorded = list(csv.DictReader(file))
     assert [row["contestant"] for row in recorded] == names

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import once
 
-from resnet_vae import build_classifier
+from resnet_vae import build_classifier, records
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.data import Data
 from resnet_vae.experiments import degradation, euler, gradients, landscape, transfer
@@ -21,9 +21,9 @@ from resnet_vae.experiments.networks import (
     compile_network,
     inputs,
     load_labelled,
-    train_each,
+    models,
 )
-from resnet_vae.experiments.settings import NETWORKS, Euler, Trained
+from resnet_vae.experiments.settings import NETWORKS, Degradation, Euler, Trained
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
 
@@ -182,34 +182,48 @@ def test_a_network_trained_after_others_is_what_it_is_alone(network):
     data = Data("made up", images, images, images, "", (labels,) * 3, ("0", "1", "2"))
     depth = {"classifier": 8, "VAE": 28}[network]
 
-    def fit(model, seed):
-        history = model.fit(
-            *batches(settings, network, images, labels), epochs=2, batch_size=8, shuffle=False, verbose=0
-        )
-        return history.history["loss"]
-
+    training = batches(settings, network, images, labels)
     build = partial(build_network, settings, network, "residual", depth, data)
     compile_ = partial(compile_network, network, optimizer=adam(settings))
-    first, other, again = train_each(build, compile_, fit, [(0,), (1,), (0,)])
+    first, other, again = (
+        model.fit(*training, epochs=2, batch_size=8, shuffle=False, verbose=0).history["loss"]
+        for model, _ in models(build, compile_, [(0,), (1,), (0,)])
+    )
     assert again == pytest.approx(first, rel=1e-5)
     assert other != pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_training_is_tested_after_each_epoch(network):
+    """With a VAE's normalisations as they fit its weights; a classifier has errors. The epochs are those of one fit."""
+    settings = Degradation(width=0.0625, batch_size=8, learning_rate=0.01, epochs=2)
+    images, labels = RNG.integers(0, 256, (16, 8, 8, 1), "uint8"), np.arange(16) % 3
+    data = Data("made up", images, images, images, "", (labels,) * 3, ("0", "1", "2"))
+    model = build_network(settings, network, "residual", {"classifier": 8, "VAE": 28}[network], data)
+    compile_network(network, model, adam(settings))
+    rows = list(degradation.train(settings, model, *[inputs(network, images, labels)] * 2))
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert model.optimizer.iterations == 4
+    assert all(row["loss"] > 0 for row in rows)
+    if network == "VAE":
+        assert all(row["error"] == row["test_error"] == "" for row in rows)
+        model.calibrate(images[np.random.default_rng(0).permutation(16)], batch_size=8)
+        assert rows[1]["test_loss"] == pytest.approx(model.evaluate(images, batch_size=8, verbose=0)[0], rel=1e-5)
+    else:
+        accuracy = model.evaluate(images, labels, batch_size=8, verbose=0)[1]
+        assert rows[1]["test_error"] == pytest.approx(1 - accuracy)
+        assert 0 <= rows[1]["error"] <= 1
+
+
 def test_what_is_left_of_a_degradation():
-    """Of made-up losses: after the last epoch, the seeds' mean and range, and a classifier's errors."""
-    history = {"loss": [3.0, 1.0], "val_loss": [4.0, 2.0]}
-    vae, classifier = (
-        degradation._epochs(history),
-        degradation._epochs(history | {"accuracy": [0.5, 0.75], "val_accuracy": [0.25, 0.5]}),
-    )
-    assert vae[1] == {"epoch": 2, "loss": 1.0, "test_loss": 2.0, "error": "", "test_error": ""}
-    assert classifier[1] == {"epoch": 2, "loss": 1.0, "test_loss": 2.0, "error": 0.25, "test_error": 0.5}
+    """Of made-up losses: after the last epoch, the seeds' mean and range."""
+    epochs = [{"epoch": 1, "loss": 3.0, "test_loss": 4.0}, {"epoch": 2, "loss": 1.0, "test_loss": 2.0}]
     rows = [
         {"network": "VAE", "kind": kind, "depth": depth, "seed": seed, **row, "loss": row["loss"] * (depth + seed)}
         for kind in ("plain", "residual")
         for depth in (28, 76)
         for seed in (0, 4, 5)
-        for row in vae
+        for row in epochs
     ]
     summary = degradation.summarize(rows)
     assert [(row["kind"], row["depth"]) for row in summary] == [(k, d) for k in ("plain", "residual") for d in (28, 76)]
@@ -337,12 +351,21 @@ def test_the_plane_of_a_path_is_that_of_its_largest_scatter():
         np.testing.assert_allclose(moved @ vector, coordinate, atol=1e-9)
 
 
-def test_a_record_that_was_changed_is_told(tmp_path):
-    """By its hashes; and where these were changed, too, by its picture."""
+def test_a_record_that_was_changed_is_told(tmp_path, monkeypatch):
+    """By its hashes; and where these were changed, too, by its picture. It names the code that it began with."""
+    monkeypatch.setattr(records, "code", lambda: {"commit": "of the start", "dirty": False})
+    fit = keras.Model.fit
+
+    def committed_meanwhile(*args, **kwargs):
+        monkeypatch.setattr(records, "code", lambda: {"commit": "a later one", "dirty": True})
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", committed_meanwhile)
     folder = euler.run(Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10))
     assert verify(folder) == []
     record, table = json.loads((folder / "record.json").read_text()), (folder / "euler.csv").read_text()
     assert record["settings"]["finest"] == 16
+    assert (record["commit"], record["dirty"]) == ("of the start", False)
     assert record["versions"]["numpy"] == np.__version__
     (folder / "more.csv").write_text("a\n1\n")
     assert verify(folder) == [f"{folder / 'more.csv'} is not in record.json"]

@@ -19,20 +19,22 @@ from resnet_vae.experiments.networks import (
     compile_network,
     inputs,
     load_labelled,
-    train_each,
+    models,
 )
-from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.record import conduct
 from resnet_vae.plots import keep_in_sight, whole_epochs
+from resnet_vae.vae import VAE
+
+CALIBRATED = 20  # batches from which a VAE's averages are computed before each test, as by default in its training
 
 
 def measure(settings):
-    """Rows: network, kind, depth, seed, epoch, and training and test figures: loss, and a classifier's error.
+    """Two tables: "epochs", a row a network, kind, depth, seed and epoch, of `train`, and "summary", of `summarize`.
 
     Args:
         settings: a `Degradation` or `Preactivation`.
     """
     data, rows = load_labelled(settings), []
-    options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
     for network in settings.networks:
         training = batches(settings, network, data.train, data.labels[0])
         test = inputs(network, data.test, data.labels[2])
@@ -40,30 +42,40 @@ def measure(settings):
             for kind in settings.kinds:
                 named = {"network": network, "kind": kind, "depth": depth}
 
-                def build(seed, network=network, kind=kind, depth=depth):
-                    return build_network(settings, network, kind, depth, data, seed)
-
-                def fit(model, seed, named=named, training=training, test=test):
-                    history = model.fit(*training, validation_data=test, **options).history
-                    return [{**named, "seed": seed, **row} for row in _epochs(history)]
-
+                build = partial(build_network, settings, network, kind, depth, data)
                 compile_ = partial(compile_network, network, optimizer=adam(settings))
-                seeds = ((seed,) for seed in range(settings.repetitions))
-                for more in train_each(build, compile_, fit, seeds):
-                    rows += more
+                for model, (seed,) in models(build, compile_, ((seed,) for seed in range(settings.repetitions))):
+                    rows += [{**named, "seed": seed, **row} for row in train(settings, model, training, test)]
                 print(f"{network}, {kind}, depth {depth}: done", flush=True)
-    return rows
+    return {"epochs": rows, "summary": summarize(rows)}
 
 
-def _epochs(history):
-    """A row an epoch of a model's history; a VAE has no error."""
-    rows = []
-    for epoch in range(len(history["loss"])):
-        row = {"epoch": epoch + 1, "loss": history["loss"][epoch], "test_loss": history["val_loss"][epoch]}
-        for name, accuracy in (("error", "accuracy"), ("test_error", "val_accuracy")):
-            row[name] = 1 - history[accuracy][epoch] if accuracy in history else ""
-        rows.append(row)
-    return rows
+def train(settings, model, training, test):
+    """Train a compiled model, and test it after each epoch.
+
+    In so short a training the moving averages of a VAE's normalisations lag behind its weights, so that they are
+    computed anew before each test.
+
+    Args:
+        settings: a `Degradation`.
+        model: of `compile_network`.
+        training, test: of `inputs`.
+
+    Yields:
+        A row an epoch: training and test loss, and training and test error, the share of wrong answers, which are ""
+        of a VAE.
+    """
+    size = {"batch_size": settings.batch_size, "verbose": 0}
+    some = np.random.default_rng(0).permutation(len(training[0]))[: CALIBRATED * settings.batch_size]
+    for epoch in range(settings.epochs):
+        trained = model.fit(*training, initial_epoch=epoch, epochs=epoch + 1, **size).history
+        if isinstance(model, VAE):
+            model.calibrate(training[0][some], **size)
+        tested = model.evaluate(*test, return_dict=True, **size)
+        errors = {"error": "", "test_error": ""}
+        if "accuracy" in tested:
+            errors = {"error": 1 - trained["accuracy"][0], "test_error": 1 - tested["accuracy"]}
+        yield {"epoch": epoch + 1, "loss": trained["loss"][0], "test_loss": tested["loss"], **errors}
 
 
 def summarize(rows):
@@ -92,9 +104,7 @@ def summarize(rows):
 
 def run(settings):
     """Measure, and write epochs.csv, summary.csv and learning.png into the settings' folder, which is returned."""
-    rows = measure(settings)
-    tables = {"epochs": rows, "summary": summarize(rows)}
-    return write_experiment(settings, tables, figures)
+    return conduct(settings, measure, figures)
 
 
 def figures(tables):

@@ -15,7 +15,7 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 
 from resnet_vae.experiments.chain import Chain
-from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.record import conduct
 
 STEPS = ("fixed", "learned", "fixed at the learned mean")  # kinds of τ; the first two start at one over the layers
 
@@ -115,8 +115,8 @@ def train_on_spirals(settings, seed, kind, step):
     }
 
 
-def run(settings):
-    """Measure both, and write euler.csv, spirals.csv and euler.png into the settings' folder, which is returned."""
+def measure(settings):
+    """Two tables: "euler", of `convergence`, and "spirals", of `train_on_spirals`."""
     counts = [8]
     while counts[-1] * 2 <= settings.finest:
         counts.append(counts[-1] * 2)
@@ -127,8 +127,12 @@ def run(settings):
         for kind in STEPS:
             trained.append(train_on_spirals(settings, seed, kind, step))
             step = trained[-1]["mean_tau"]  # of fixed ones still the same
-    tables = {"euler": rows, "spirals": trained}
-    return write_experiment(settings, tables, figures)
+    return {"euler": rows, "spirals": trained}
+
+
+def run(settings):
+    """Measure, and write euler.csv, spirals.csv and euler.png into the settings' folder, which is returned."""
+    return conduct(settings, measure, figures)
 
 
 def figures(tables):

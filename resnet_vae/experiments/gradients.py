@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.experiments.chain import random_chain
 from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled
-from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
 
 FACTORS = (0.8, 1.0, 1.6)  # of the chains' weights, whose standard deviation is this / √width
@@ -72,9 +72,9 @@ def of_chain(depth, width, factor, residual, seed=0):
 
 
 def measure(settings):
-    """Rows: network, kind (plain or residual), depth, layer, the gradient's norm, and its range over the seeds.
+    """The table "gradients": network, kind (plain or residual), depth, layer, the gradient's norm, its range.
 
-    Of the chains the norm is the geometric mean over the seeds; of the networks it is that of one.
+    Of the chains the norm is the geometric mean over the seeds and the range theirs; of the networks it is that of one.
     """
     rows = []
 
@@ -99,13 +99,12 @@ def measure(settings):
             for depth in depths:
                 model = build_network(settings, network, kind, depth, data, settings.seed)
                 add(network, kind, depth, [of_network(network, model, *batch)])
-    return rows
+    return {"gradients": rows}
 
 
 def run(settings):
     """Measure, and write gradients.csv and gradients.png into the settings' folder, which is returned."""
-    tables = {"gradients": measure(settings)}
-    return write_experiment(settings, tables, figures)
+    return conduct(settings, measure, figures)
 
 
 def figures(tables):

@@ -23,7 +23,7 @@ from resnet_vae.experiments.networks import (
     inputs,
     load_labelled,
 )
-from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.vae import VAE
 
@@ -195,8 +195,7 @@ def _numbers(names, values):
 
 def run(settings):
     """Measure, and write the three tables and the three figures into the settings' folder, which is returned."""
-    tables = measure(settings)
-    return write_experiment(settings, tables, figures)
+    return conduct(settings, measure, figures)
 
 
 def figures(tables):

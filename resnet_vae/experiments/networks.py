@@ -64,10 +64,11 @@ def batches(settings, network, images, labels):
     return inputs(network, images[:whole], labels[:whole])
 
 
-def train_each(build, compile_, fit, cases):
-    """Train what `build(*case)` makes for each case; yields what `fit(model, *case)` returns.
+def models(build, compile_, cases):
+    """For each case yield the model that `build(*case)` makes, compiled, and the case.
 
-    The models must differ in their weights only: one of them is compiled and traced, and takes on the others' weights.
+    The models must differ in their weights only: it is one model each time, compiled and traced once, which takes on
+    the others' weights; what is wanted of it has to be taken before the next is asked for.
     """
     model = None
     for case in cases:
@@ -77,7 +78,7 @@ def train_each(build, compile_, fit, cases):
             compile_(model)
         else:
             _restart(model, fresh)
-        yield fit(model, *case)
+        yield model, case
 
 
 def _restart(model, fresh):

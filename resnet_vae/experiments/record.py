@@ -9,12 +9,12 @@ from resnet_vae.plots import save
 from resnet_vae.records import RecordError, csv_text, environment, write_record, write_text
 
 
-def write_experiment(settings, tables, figures):
-    """Write each table as NAME.csv, each figure as NAME.png, and record.json.
+def conduct(settings, measure, figures):
+    """Measure, and write each table as NAME.csv, each figure as NAME.png, and record.json.
 
     Args:
         settings: an `Experiment`.
-        tables: name → list of rows, dicts with equal keys.
+        measure: the experiment's function, settings → {name: table}, a list of rows, dicts with equal keys.
         figures: the experiment's function, tables → {name: matplotlib Figure}.
 
     Returns:
@@ -23,7 +23,8 @@ def write_experiment(settings, tables, figures):
     Raises:
         RecordError: the folder cannot be written.
     """
-    folder = settings.folder
+    ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
+    folder, tables = settings.folder, measure(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in tables.items():
@@ -31,7 +32,6 @@ def write_experiment(settings, tables, figures):
         for name, figure in figures(tables).items():
             save(figure, folder / f"{name}.png")
         experiment = figures.__module__.rpartition(".")[2]
-        ran_on = environment(keras.backend.backend(), devices())
         write_record(folder, ran_on, experiment=experiment, settings=settings.model_dump(mode="json"))
     except OSError as error:
         raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None

@@ -18,9 +18,9 @@ from resnet_vae.experiments.networks import (
     compile_network,
     inputs,
     load_labelled,
-    train_each,
+    models,
 )
-from resnet_vae.experiments.record import write_experiment
+from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.transfer import adapt, take_over
 
@@ -33,7 +33,10 @@ def choose(labels, classes, count, rng):
 
 
 def measure(settings):
-    """Rows: network, way, labelled images of a class, seed, accuracy on the test images of the new classes."""
+    """The table "transfer": network, way, labelled images of a class, seed, accuracy.
+
+    The accuracy is on the test images of the new classes.
+    """
     data = new = load_labelled(settings)
     if settings.channels:
         new = load_labelled(settings, (*data.image_shape[:2], settings.channels))
@@ -53,14 +56,12 @@ def measure(settings):
         build = partial(build_network, settings, network, kind, depth)
         source = build(data)
 
-        def learn(model, seed, network=network, first=first):
+        learned = []
+        seeds = [(seed,) for seed in range(settings.repetitions)]
+        compile_ = partial(compile_network, network, optimizer=adam(settings))
+        for model, _ in models(partial(build, data), compile_, seeds):
             model.fit(*batches(settings, network, *first), epochs=settings.epochs, **batch)
-            return model.get_weights()
-
-        cases = [(seed,) for seed in range(settings.repetitions)]
-        learned = list(
-            train_each(partial(build, data), partial(compile_network, network, optimizer=adam(settings)), learn, cases)
-        )
+            learned.append(model.get_weights())
         print(f"{network}: trained", flush=True)
         for way in WAYS:
 
@@ -72,26 +73,24 @@ def measure(settings):
                     take_over(model, trained)
                 return adapt(model, len(new_classes), frozen=way == "frozen", batch_statistics=way == "scratch")
 
-            def fit(model, seed, count):
+            rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
+            compile_ = partial(compile_network, "classifier", optimizer=adam(settings, rate))
+            cases = [(seed, count) for count in settings.labels for seed in range(settings.repetitions)]
+            for model, (seed, count) in models(begin, compile_, cases):
                 rng = np.random.default_rng((seed, count))
                 few = choose(new.labels[0], new_classes, count, rng)
                 drawn = rng.choice(few, settings.steps * settings.batch_size)
                 model.fit(*inputs("classifier", new.train[drawn], new.labels[0][drawn] - half), shuffle=False, **batch)
                 accuracy = model.evaluate(*test, verbose=0, return_dict=True)["accuracy"]
-                return {"labels": count, "seed": seed, "accuracy": accuracy}
-
-            rate = settings.tuning_rate if way == "fine-tuned" else settings.learning_rate
-            compile_ = partial(compile_network, "classifier", optimizer=adam(settings, rate))
-            cases = [(seed, count) for count in settings.labels for seed in range(settings.repetitions)]
-            rows += [{"network": network, "way": way, **row} for row in train_each(begin, compile_, fit, cases)]
+                row = {"network": network, "way": way, "labels": count, "seed": seed, "accuracy": accuracy}
+                rows.append(row)
             print(f"{network}, {way}: done", flush=True)
-    return rows
+    return {"transfer": rows}
 
 
 def run(settings):
     """Measure, and write transfer.csv and transfer.png into the settings' folder, which is returned."""
-    tables = {"transfer": measure(settings)}
-    return write_experiment(settings, tables, figures)
+    return conduct(settings, measure, figures)
 
 
 def figures(tables):
