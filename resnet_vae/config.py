@@ -266,9 +266,16 @@ class Settings(BaseModel):
 
     def describe(self):
         """A line a field: its name, its value, where that came from."""
-        values = {name: "-" if value in (None, "", ()) else str(value) for name, value in self.model_dump().items()}
+        values = {name: "-" if value in (None, "", ()) else _as_given(name, value) for name, value in self}
         width, label = (max(map(len, texts)) + 2 for texts in (values.values(), values))
         return "\n".join(f"{n.upper():<{label}}{value:<{width}}{self._origins[n]}" for n, value in values.items())
+
+
+def _as_given(name, value):
+    """A setting's value as a variable or a flag may have it."""
+    if isinstance(value, tuple):
+        return ("x" if name == "image_shape" else " ").join(map(str, value))
+    return str(value)
 
 
 class Config(Settings):
@@ -373,7 +380,7 @@ class Config(Settings):
     min_delta: float = Field(0.1, ge=0, description="fall of the validation loss, in nats, that counts as progress")
     precision: Literal["auto", "float32", "mixed_bfloat16"] = Field(
         "auto",
-        description="auto: mixed_bfloat16 where the device is faster in it, else float32; outputs stay float32",
+        description="auto: mixed_bfloat16 where the device is faster in it, else float32; the loss stays float32",
     )
     remat: bool = Field(
         False, description="recompute the inside of repeated blocks for the gradient: less memory, slower steps"

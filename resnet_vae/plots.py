@@ -1,6 +1,5 @@
 """Pictures of runs: curves, grids of images, and the figures of a sweep."""
 
-import re
 import textwrap
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resnet_vae.config import DATASETS
 from resnet_vae.records import PICTURES, natural, whole
-from resnet_vae.results import POST, SHOWN, format_setting, swept
+from resnet_vae.results import SHOWN, format_setting, post_rows, swept
 
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
@@ -77,7 +75,7 @@ def samples(run, vae, count=64):
     """Draw images that the decoder generates from latents of the prior."""
     latents = np.random.default_rng(SAMPLES_SEED).standard_normal((count, run.config.latent_dim), "float32")
     (images,) = _predict(vae.decoder, latents)
-    return grid(images, 8, f"samples from the prior, {describe(run)}")
+    return grid(images, 8, f"samples from the prior, {_network(run)}")
 
 
 def reconstructions(run, vae, images, count=10):
@@ -86,7 +84,7 @@ def reconstructions(run, vae, images, count=10):
     mean, _ = _predict(vae.encoder, images)
     (decoded,) = _predict(vae.decoder, mean)
     rows = np.concatenate([images / 255, decoded])
-    return grid(rows, len(images), f"test images, {describe(run)}", ["image", "reconstruction"], side=0.7)
+    return grid(rows, len(images), f"test images, {_network(run)}", ["image", "reconstruction"], side=0.7)
 
 
 def interpolations(run, vae, images, count=6, steps=10):
@@ -99,7 +97,12 @@ def interpolations(run, vae, images, count=6, steps=10):
     weights = np.linspace(0, 1, steps)[:, None]
     lines = [(1 - weights) * start + weights * end for start, end in zip(mean[::2], mean[1::2], strict=True)]
     (decoded,) = _predict(vae.decoder, np.concatenate(lines))
-    return grid(decoded, steps, f"interpolations between test images, {describe(run)}")
+    return grid(decoded, steps, f"interpolations between test images, {_network(run)}")
+
+
+def _network(run):
+    """Whose pictures they are, in a few words."""
+    return f"depth {run.config.resnet_depth}, objective {run.config.objective}"
 
 
 def curves(run):
@@ -142,8 +145,18 @@ def losses_by_epoch(runs):
     keep_in_sight(first, training, validation, "validation")
     for axes in late:
         axes.set(title="each run's second half", ylabel="")
+        losses = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        if max(losses) > (top := _farthest(losses)):
+            axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)
+            axes.set_title(f"each run's second half (losses up to {max(losses):,.0f} left out)")
     _finish(figure, ".", marker)
     return figure
+
+
+def _farthest(losses):
+    """How far losses may be drawn: one that is far off would press the others together."""
+    usual, high = np.percentile(losses, [25, 75])
+    return high + FAR * (high - usual)
 
 
 def _color(number, count):
@@ -181,7 +194,7 @@ def losses_by_depth(runs):
     panels = {}
     for run in runs:
         panels.setdefault(run.config.objective, []).append(run)
-    posts = POST if any(_is_cifar10(run) for run in panels.get("published", ())) else ()
+    posts = post_rows(runs)
     if len({run.config.resnet_depth for run in runs}) == 1 and not posts:
         return _one_depth(figure, runs)
     for axes, (objective, chosen) in zip(
@@ -211,8 +224,8 @@ def _by_depth(axes, chosen, runs, posts):
     ticks = {run.config.resnet_depth for run in chosen} | {row["depth"] for row in posts}
     if posts:
         depths = [row["depth"] for row in posts]
-        epochs = [row["epochs"] for row in posts if row["epochs"]]
-        told = f"the post's own figures (each the lowest of {min(epochs)} to {max(epochs)} epochs)"
+        epochs = ", ".join(str(row["epochs"] or "?") for row in posts)
+        told = f"the post's own figures (each the lowest of its epochs: {epochs})"
         axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label=told)
         axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray")
     axes.set_xticks(sorted(ticks))
@@ -232,10 +245,8 @@ def _one_depth(figure, runs):
     )
     axes.set_ylim(len(runs) - 0.5, -0.5)
     losses = [run.metrics[part]["loss"] for run in runs for part in ("validation", "train")]
-    usual, high = np.percentile(losses, [25, 75])
-    right = high + FAR * (high - usual)
-    if max(losses) > right:  # one that is far off would press the others together
-        axes.set_xlim(min(losses) - (right - high) / 20, right)
+    if max(losses) > (right := _farthest(losses)):
+        axes.set_xlim(min(losses) - 0.05 * (right - min(losses)), right)
         for number, run in enumerate(runs):
             if (loss := run.metrics["validation"]["loss"]) > right:
                 place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
@@ -248,11 +259,6 @@ def _one_depth(figure, runs):
     figure.set_size_inches(8, 1.4 + 0.27 * len(runs))
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
-
-
-def _is_cifar10(run):
-    name = run.provenance["data"]["name"].lower().replace("-", "")
-    return bool(re.search("cifar10(?!0)", name)) and run.config.image_shape == DATASETS["cifar10"]
 
 
 def _finish(figure, validation, training):

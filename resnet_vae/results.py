@@ -1,11 +1,12 @@
 """From run folders to tables: reading runs back, and the results table in Markdown, CSV and LaTeX."""
 
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from resnet_vae.config import UserError
+from resnet_vae.config import DATASETS, UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data
 from resnet_vae.devices import devices, precision, settle
 from resnet_vae.records import (
@@ -38,7 +39,7 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "width": ("Width", "{:g}"),
     "parameters": ("Parameters", "{:,}"),
     "epochs": ("Epochs", "{}"),
-    "hours": ("Hours", "{:.2f}"),
+    "hours": ("Hours", "{:.3g}"),
     "loss": ("Training loss", "{:.1f}"),
     "val_loss": ("Validation loss", "{:.1f}"),
     "rec": ("Reconstruction", "{:.1f}"),
@@ -156,8 +157,19 @@ def columns(runs):
     return dict([*items[:place], *extra.items(), *items[place:]])
 
 
+def post_rows(runs):
+    """The rows of POST, or none where no run can be compared with them: on CIFAR-10, under the post's objective."""
+
+    def comparable(run):
+        name = run.provenance["data"]["name"].lower().replace("-", "")
+        cifar10 = re.search("cifar10(?!0)", name) and run.config.image_shape == DATASETS["cifar10"]
+        return cifar10 and run.config.objective == "published"
+
+    return POST if any(map(comparable, runs)) else []
+
+
 def table_rows(runs):
-    """A row for each run and for each of the post's: dicts by the names of `columns`, None where there is no figure.
+    """A row for each run and each of `post_rows`: dicts by the names of `columns`, None where there is no figure.
 
     Training loss, validation loss, reconstruction and KL are those of the epoch with the lowest validation loss; the
     excess is the validation's reconstruction less the Bernoulli entropy floor of the validation images.
@@ -186,13 +198,15 @@ def table_rows(runs):
             }
         )
     post = {"run": "the post's", "objective": "published", "width": 1.0}
-    return rows + [{**dict.fromkeys(columns(runs)), **post, **row} for row in POST]
+    return rows + [{**dict.fromkeys(columns(runs)), **post, **row} for row in post_rows(runs)]
 
 
 def notes(runs):
     """What a reader of the table must know, a sentence each."""
     remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
-    for name in sorted({run.provenance["data"]["name"] for run in runs}):
+    names = sorted({run.provenance["data"]["name"] for run in runs})
+    remarks.append(f"Images: {', '.join(names)}.")
+    for name in names:
         alike = {}
         for run in runs:
             if run.provenance["data"]["name"] == name:
@@ -200,19 +214,21 @@ def notes(runs):
         if len(alike) > 1:
             told = "; ".join(f"{', '.join(folders)}: {str(mark)[:8]}" for mark, folders in alike.items())
             remarks.append(f"The images of {name} are not the same in all rows, which must not be compared: {told}.")
+    if post_rows(runs):
         remarks.append(
-            f"Our rows: {name}; the post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them: "
-            "training and validation loss are each the lowest of all epochs, with the L2 penalty of its heads, which "
-            "ours leave out; reconstruction and KL are of the last validation in its notebooks."
+            "The post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them: training and validation "
+            "loss are each the lowest of all epochs, with the L2 penalty of its heads, which ours leave out; "
+            "reconstruction and KL are of the last validation in its notebooks."
         )
     if any(run.config.validation == "test" for run in runs):
         remarks.append(
             "VALIDATION=test: the test images were the validation images, as in the post, and chose the epoch."
         )
-    remarks.append(
-        "Objective published: the post's, whose sampler takes exp(log-variance) for the standard deviation while its "
-        "KL takes it for the variance. It is no bound on the likelihood and must not be compared with elbo."
-    )
+    if any(run.config.objective == "published" for run in runs):
+        remarks.append(
+            "Objective published: the post's, whose sampler takes exp(log-variance) for the standard deviation while "
+            "its KL takes it for the variance. It is no bound on the likelihood and must not be compared with elbo."
+        )
     if "bound" in columns(runs):
         remarks.append(
             "Test bound: the negative ELBO on the test images, with the whole KL of the posterior that is sampled "

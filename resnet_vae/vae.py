@@ -173,13 +173,20 @@ def _check_levels(images):
         )
 
 
+def _check_weights(options):
+    """Refuse weights, which Keras leaves out in silence where there are no targets."""
+    for name in ("sample_weight", "class_weight"):
+        if options.get(name) is not None:
+            raise ValueError(f"the VAE's objective is an average over images; {name} is not supported")
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class VAE(_Model):
     """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
 
     Images are uint8 grey levels, or floats in [0, 1]; the output is the reconstruction in [0, 1] from a sample of
-    the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly. Sample weights are not supported;
-    without targets Keras leaves them out in silence.
+    the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly. Weights of samples or classes are
+    refused, since the objective is a mean over images.
 
     Metrics, nats per image: `loss` = reconstruction + beta × kl, `reconstruction`, `kl`, and `penalty`, the L2
     penalties of the heads, which training minimises too and `loss` leaves out.
@@ -264,8 +271,7 @@ class VAE(_Model):
         return ops.sigmoid(logits)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if sample_weight is not None:
-            raise ValueError("the VAE's objective is an average over images; sample_weight is not supported")
+        _check_weights({"sample_weight": sample_weight})
         if self._compile_loss is not None:
             raise ValueError("the VAE's objective is its own; compile it without loss (metrics may be given)")
         kl, reconstruction, *penalties = self.losses
@@ -308,8 +314,7 @@ class VAE(_Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check(x)
-        if kwargs.get("class_weight") is not None:
-            raise ValueError("the VAE's objective is an average over images; class_weight is not supported")
+        _check_weights(kwargs)
         validation = kwargs.get("validation_data")  # Keras would look at them after the first epoch
         if validation is not None:
             self._check(validation[0] if isinstance(validation, (list, tuple)) else validation)
@@ -329,6 +334,7 @@ class VAE(_Model):
 
     def evaluate(self, x=None, *args, **kwargs):
         self._check(x)
+        _check_weights(kwargs)
         self.sampler.restart_evaluation()
         return super().evaluate(x, *args, **kwargs)
 
@@ -344,8 +350,9 @@ class VAE(_Model):
         "precise BN" of "Rethinking 'Batch' in BatchNorm" (https://arxiv.org/abs/2105.07576), section 3. The mean over
         the batches is weighted as a moving average weights them, the last most, whatever was there before; of one with
         momentum 0 it is the last batch. Dropout and noise begin anew and are put back: the averages are a function of
-        weights and images, and nothing else changes. Frozen normalisations are left as they are. Of an array or a
-        tensor, images after the last whole batch are left out: a batch of a few would weigh as much as a whole one.
+        weights and images, and nothing else changes. Normalisations that are frozen or have momentum 1 are left as they
+        are. Of an array or a tensor, images after the last whole batch are left out: a batch of a few would weigh as
+        much as a whole one.
 
         Args:
             x: images, as for `predict`, in random order: a batch of one class has other moments. At least one batch.
@@ -361,7 +368,7 @@ class VAE(_Model):
         averages = [
             (average, layer.momentum)
             for layer in self._flatten_layers()
-            if isinstance(layer, (layers.BatchNormalization, Repeated)) and layer.trainable
+            if isinstance(layer, (layers.BatchNormalization, Repeated)) and layer.trainable and layer.momentum < 1
             for average in layer.non_trainable_variables
         ]
         generators = [generator for layer in self._flatten_layers() for generator in layer._seed_generators]

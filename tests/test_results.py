@@ -25,7 +25,7 @@ from resnet_vae.records import FIGURES, HASHED, Run, read_sweep, sha256_of, whol
 from resnet_vae.results import POST, swept, table_rows, write_table
 from resnet_vae.verify import _parameters, verify
 
-POSTS = "the post's own figures (each the lowest of 209 to 384 epochs)"
+POSTS = "the post's own figures (each the lowest of its epochs: 384, 274, 209, ?)"
 RESULTS = Path(__file__).parent.parent / "results"
 
 
@@ -60,16 +60,18 @@ def write_run(folder, depth, loss, name="cifar10", **settings):
 def sweep(tmp_path):
     write_run(tmp_path / "depth-40", 40, 1840.0, validation="test")
     write_run(tmp_path / "depth-28", 28, 1850.0, validation="test")
-    write_run(tmp_path / "post_28", 28, 1800.25, name="a_b<|$%\\", objective="published", beta=0.5, validation="test")
+    write_run(
+        tmp_path / "post_28", 28, 1800.25, name="cifar10 a_b<|$%\\", objective="published", beta=0.5, validation="test"
+    )
     (tmp_path / "unfinished").mkdir()
     return tmp_path
 
 
 EXPECTED = """\
-| depth-28 | 28 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1845.0 | 1850.0 | 1810.0 | 40.00 | 127.0 | 1851.0 |
-| depth-40 | 40 | elbo | 1 | 1,234,567 | 2 | 1.50 | 1835.0 | 1840.0 | 1800.0 | 40.00 | 117.0 | 1841.0 |
-| post_28 | 28 | published, beta 0.5 | 1 | 1,234,567 | 2 | 1.50 | 1795.2 | 1800.2 | 1760.2 | 40.00 | 77.2 | 1801.2 |
-| the post's | 28 | published | 1 | 26,815,683 | 384 | 79.20 | 1790.4 | 1794.7 | 1763.3 | 32.79 |  |  |
+| depth-28 | 28 | elbo | 1 | 1,234,567 | 2 | 1.5 | 1845.0 | 1850.0 | 1810.0 | 40.00 | 127.0 | 1851.0 |
+| depth-40 | 40 | elbo | 1 | 1,234,567 | 2 | 1.5 | 1835.0 | 1840.0 | 1800.0 | 40.00 | 117.0 | 1841.0 |
+| post_28 | 28 | published, beta 0.5 | 1 | 1,234,567 | 2 | 1.5 | 1795.2 | 1800.2 | 1760.2 | 40.00 | 77.2 | 1801.2 |
+| the post's | 28 | published | 1 | 26,815,683 | 384 | 79.2 | 1790.4 | 1794.7 | 1763.3 | 32.79 |  |  |
 """
 
 
@@ -86,6 +88,15 @@ def test_table_is_the_runs_beside_the_posts_rows(sweep):
     latex = (sweep / "table.tex").read_text()
     assert r"post\_28 & 28 & published, beta 0.5 & 1 & 1,234,567" in latex
     assert latex.count("\\\\\n") == 1 + len(table_rows(read_sweep(sweep)))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("cifar10", {}), ("digits", {"objective": "published"})])
+def test_a_table_that_cannot_be_compared_with_the_post_does_not_show_it(tmp_path, name, settings):
+    write_run(tmp_path / "a", 28, 1850.0, name, **settings)
+    markdown = write_table(tmp_path)
+    assert f"Images: {name}." in markdown
+    assert "the post's rows" not in markdown.lower()
+    assert "| the post's |" not in markdown
 
 
 def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
@@ -118,6 +129,10 @@ def test_long_trainings_have_their_second_half_beside(tmp_path):
     assert drawn["depth 28, elbo"] == [[6, 1807], [7, 1806], [8, 1805], [9, 1804], [10, 1803]]
     assert drawn["depth 100, elbo"] == [[2, 1880], [3, 1815]]
     assert late.get_ylim()[1] < whole.get_ylim()[1] - 100
+    rows = [dict.fromkeys(rows[0], 9000.0) | {"epoch": epoch} for epoch in range(1, 9)]
+    late = losses_by_epoch([*runs, *runs, Run(tmp_path, Config(resnet_depth=40), rows, {}, {})]).axes[1]
+    assert late.get_ylim()[1] < 2500
+    assert late.get_title() == "each run's second half (losses up to 9,000 left out)"
 
 
 def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_with(tmp_path):
@@ -599,14 +614,15 @@ def test_verify_leaves_no_networks_behind(monkeypatch):
 
 
 def test_the_readmes_table_is_a_recorded_one():
-    """But for the runs' names, in place of which it has what they were trained on."""
+    """But for the test loss, and the runs' names, in place of which it has what they were trained on."""
     readme = (RESULTS.parent / "README.md").read_text()
-    for sweep, label in (("table1-gpu", "H200"), ("table1", "CPU"), ("table1-elbo", "CPU")):
-        rows = [line for line in (RESULTS / sweep / "table.md").read_text().splitlines() if line.startswith("|")]
-        assert len(rows) >= 10
+    for sweep, label, count in (("table1-gpu", "H200", 8), ("table1-elbo", "CPU", 4)):
+        _, _, *rows = [line for line in (RESULTS / sweep / "table.md").read_text().splitlines() if line.startswith("|")]
+        assert len(rows) == count
         for row in rows:
-            _, name, cells = row.split("|", 2)
-            assert f"| {label if name.startswith(' objective') else name.strip()} |{cells}" in readme
+            _, name, *cells, test, _ = row.split("|")
+            assert test.strip() in ("", cells[7].strip())  # the validation images
+            assert f"| {label if name.startswith(' objective') else name.strip()} |{'|'.join(cells)}|\n" in readme
 
 
 def test_one_run_of_each_validation_is_told(tmp_path):

@@ -188,10 +188,13 @@ def test_what_keras_takes_and_this_objective_has_not(images):
     start = vae.get_weights()
     for options, told in (
         ({"class_weight": {0: 1.0}}, "class_weight is not supported"),
+        ({"sample_weight": np.ones(len(images))}, "sample_weight is not supported"),
         ({"validation_data": (images.astype("float32"),)}, r"float32 images run from 0 to 255; expected"),
     ):
         with pytest.raises(ValueError, match=told):
             vae.fit(images, verbose=0, **options)
+    with pytest.raises(ValueError, match="sample_weight is not supported"):
+        vae.evaluate(images, sample_weight=np.ones(len(images)), verbose=0)
     with pytest.raises(ValueError, match="images are given as a NoneType; expected one array"):
         vae.evaluate(None)
     with pytest.raises(ValueError, match=r"images of shape \(16, 16, 1\).*; image\[None\] is a batch of one"):
@@ -364,7 +367,7 @@ def test_a_calibration_that_fails_changes_nothing(deep_vae, images):
 
 
 def test_calibration_leaves_frozen_normalisations_alone(deep_vae, images):
-    """Also where it was calibrated before they were frozen."""
+    """Also where it was calibrated before they were frozen. One of momentum 1 never moves."""
     deep_vae.calibrate(images, batch_size=16)
     moving, frozen = moving_averages(deep_vae), []
     spoil(moving)
@@ -373,8 +376,11 @@ def test_calibration_leaves_frozen_normalisations_alone(deep_vae, images):
         layer = deep_vae.encoder.get_layer(name)
         frozen += [weight.path for weight in moving_averages(layer)]
         layer.trainable = False
+    still = deep_vae.decoder.get_layer("intermediate_bn")
+    frozen += [weight.path for weight in moving_averages(still)]
+    momentum, still.momentum = still.momentum, 1.0
     deep_vae.calibrate(images, batch_size=16)
-    deep_vae.trainable = True
+    deep_vae.trainable, still.momentum = True, momentum
     kept = [np.array_equal(one, other) for one, other in zip(values(moving), before, strict=True)]
     assert [average.path for average, same in zip(moving, kept, strict=True) if same] == frozen
 

@@ -18,6 +18,7 @@ from resnet_vae.experiments.settings import NETWORKS
 
 FACTORS = (0.8, 1.0, 1.6)  # of the chains' weights, whose standard deviation is this / √width
 CHAIN_WIDTH = 16
+STYLES = {"plain": "--", "residual": "-"}
 
 
 class GradientProbe(keras.optimizers.Optimizer):
@@ -128,17 +129,18 @@ def draw(rows):
                 chosen = [row for row in own if row["kind"] == kind and row["depth"] == depth]
                 norms, lowest, highest = ([row[name] for row in chosen] for name in ("norm", "lowest", "highest"))
                 places, alpha = np.linspace(0, 1, len(norms)), 0.35 + 0.65 * (number + 1) / len(depths)
-                axes.semilogy(places, norms, color=color, alpha=alpha, lw=0.6 + 0.6 * number)
+                axes.semilogy(places, norms, STYLES[kind], color=color, alpha=alpha, lw=0.6 + 0.6 * number)
                 if depth == depths[-1]:
                     axes.fill_between(places, lowest, highest, color=color, alpha=0.15, lw=0)
-        axes.set(title=f"{network}\n{', '.join(map(str, depths))} layers")
+        title = network.replace("weights ×", "weights") + ("/√width" if "×" in network else "")
+        axes.set(title=f"{title}\n{', '.join(map(str, depths))} layers")
         axes.set_xlabel("layer, first (0) to last (1)")
     unused = list(panels)  # that zip left
     for axes in unused:
         axes.set_axis_off()
     first = figure.axes[0]
     for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
-        first.plot([], [], color=color, label=kind)
+        first.plot([], [], STYLES[kind], color=color, label=kind)
     first.plot([], [], color="gray", lw=0.6, label="the shallowest")
     first.plot([], [], color="gray", lw=0.6 + 0.6 * (len(depths) - 1), label="the deepest")
     if any(row["lowest"] < row["highest"] for row in rows):
@@ -147,5 +149,5 @@ def draw(rows):
         unused[-1].legend(*first.get_legend_handles_labels(), loc="center", frameon=False)
     else:
         first.legend(frameon=False)
-    figure.supylabel("norm of the gradient by a layer's weights")
+    figure.supylabel("norm of the gradient with respect to a layer's weights")
     return figure

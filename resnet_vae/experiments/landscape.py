@@ -240,20 +240,28 @@ def draw_lines(rows):
 def draw_surfaces(rows):
     """A panel a network: the loss over the random plane as a surface; heights and colours compare in each row."""
     figure = Figure(figsize=(8.4, 3.9 * len(NETWORKS)), layout="constrained")
-    figure.suptitle("loss in nats, on a logarithmic scale, over two random directions in lengths of the filters")
+    figure.suptitle(
+        "training loss around the trained network (+), on a logarithmic scale,\n"
+        "over two random directions in lengths of its filters"
+    )
     networks = _each(rows)
     across = len(networks) // len(NETWORKS)
     heights = {name: _grid([row for row in rows if row["network"] == name], "random")[2] for name in NETWORKS}
     for number, (title, own) in enumerate(networks, start=1):
-        axes = figure.add_subplot(len(NETWORKS), across, number, projection="3d")
+        axes = figure.add_subplot(len(NETWORKS), across, number, projection="3d", computed_zorder=False)
         height = heights[own[0]["network"]]
         limits = {"vmin": height.min(), "vmax": height.max()}
-        axes.plot_surface(*_grid(own, "random"), cmap="viridis", rcount=200, ccount=200, **limits)
+        x, y, z = _grid(own, "random")
+        axes.plot_surface(x, y, z, cmap="viridis", rcount=200, ccount=200, **limits)
+        middle = np.unravel_index(np.argmin(x**2 + y**2), x.shape)
+        axes.plot(*([each[middle]] for each in (x, y, z)), "r+", ms=10, mew=1.5)
         axes.set_zlim(height.min(), height.max())
         axes.set_xlabel("first direction", labelpad=8)
         axes.set_ylabel("second direction", labelpad=8)
-        axes.zaxis.set_major_locator(MaxNLocator(5))
-        axes.zaxis.set_major_formatter(NATS)
+        ticks = MaxNLocator(5).tick_values(10 ** height.min(), 10 ** height.max())
+        ticks = [tick for tick in ticks if 10 ** height.min() <= tick <= 10 ** height.max()]
+        axes.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
+        axes.set_zlabel("loss, nats", labelpad=4)
         axes.set_title(title, y=0.95)
         axes.set_box_aspect(None, zoom=0.85)
     return figure

@@ -184,7 +184,7 @@ class Transfer(Trained):
 class Results(Settings):
     """Of the notebook that shows a sweep."""
 
-    results: str = Field("", description="the sweep's folder (default: results/table1)")
+    results: str = Field("", description="the sweep's folder (default: results/table1-gpu)")
 
 
 NOTEBOOKS = {  # and whose settings they have
