@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from resnet_vae.networks import LOG_VAR_RANGE, SCALE, stages
+from resnet_vae.config import DOWNSAMPLING
+from resnet_vae.networks import LOG_VAR_RANGE, stages
 
 EPSILON = 1e-3  # Keras's
 
@@ -58,7 +59,7 @@ class VAE(nn.Module):
     def __init__(self, config, image_shape):
         super().__init__()
         height, width, channels = image_shape
-        self.rows, self.columns, units = height // SCALE, width // SCALE, config.intermediate_dim
+        self.rows, self.columns, units = height // DOWNSAMPLING, width // DOWNSAMPLING, config.intermediate_dim
         self.encoder, features = chain(channels, config)
         self.encoder_dense = nn.Linear(features, units)
         self.encoder_bn = nn.BatchNorm1d(units, EPSILON, 1 - config.norm_momentum)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from resnet_vae.config import Config
+from resnet_vae.config import DOWNSAMPLING, Config
 from resnet_vae.devices import devices, processor_prefers_bfloat16
 from resnet_vae.records import code, csv_text, environment, write_record, write_text
 
@@ -75,10 +75,10 @@ class BenchmarkError(Exception):
 
 def training_gflop(config):
     """Arithmetic of one training step, GFLOP an image: six operations for each multiplication of a forward pass."""
-    from resnet_vae.networks import SCALE, stages
+    from resnet_vae.networks import stages
 
     height, width, channels = config.image_shape
-    corner = height * width // SCALE**2
+    corner = height * width // DOWNSAMPLING**2
     depth = -(-config.intermediate_dim // corner)  # of the decoder's first image
     positions, total = height * width, 0
     for transpose in (False, True):

@@ -93,13 +93,15 @@ class ResidualBlock(layers.Layer):
             tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
             for given in (filters, kernel_size, strides)
         )
-        numbers = len(filters) in (2, 3) and len(set(sides)) == 1 and len(strides) in (1, 2)
-        if shortcut not in SHORTCUTS or order not in ORDERS or not numbers:
-            raise ValueError(
-                f"block {self.name!r}: filters {filters}, kernel {kernel_size}, strides {strides}, shortcut "
-                f"{shortcut!r}, order {order!r}; expected 2 or 3 numbers of filters, one side of the kernel, 1 or 2 "
-                f"strides, one of {', '.join(SHORTCUTS)}, and one of {', '.join(ORDERS)}"
-            )
+        for name, given, right, expected in (
+            ("filters", filters, len(filters) in (2, 3), "2 or 3 numbers"),
+            ("kernel_size", sides, len(set(sides)) == 1, "one side, or the same for both"),
+            ("strides", strides, len(strides) in (1, 2), "one number, or two"),
+            ("shortcut", shortcut, shortcut in SHORTCUTS, f"one of {', '.join(SHORTCUTS)}"),
+            ("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}"),
+        ):
+            if not right:
+                raise ValueError(f"block {self.name!r}: {name} is {given!r}; expected {expected}")
         if keras.config.image_data_format() != "channels_last":
             raise ValueError(
                 f"block {self.name!r}: Keras's image_data_format is {keras.config.image_data_format()!r}; the blocks "

@@ -79,6 +79,7 @@ class ConfigError(UserError, ValueError):
     """Bad configuration; the text names every bad value, a line each."""
 
 
+DOWNSAMPLING = 8  # an image's side is so many times that of the encoder's smallest feature map
 LAYERS = {"bottleneck": 3, "basic": 2}  # weight layers of a block
 IMAGENET = {  # the classifiers' depths that are the papers' networks for ImageNet: block, blocks of each stage
     18: ("basic", (2, 2, 2, 2)),
@@ -138,8 +139,8 @@ def _parse_shape(value):
 
 
 def _check_shape(shape):
-    if min(shape[:2]) < 8 or shape[0] % 8 or shape[1] % 8 or shape[2] < 1:
-        raise ValueError("height and width must be multiples of 8, channels at least 1, as 32x32x3")
+    if min(shape) < 1 or shape[0] % DOWNSAMPLING or shape[1] % DOWNSAMPLING:
+        raise ValueError(f"height and width must be multiples of {DOWNSAMPLING}, channels at least 1, as 32x32x3")
     return shape
 
 

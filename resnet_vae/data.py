@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_vae.config import DATASETS, UserError
+from resnet_vae.config import DATASETS, DOWNSAMPLING, UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
 GREYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes without colour
@@ -237,11 +237,11 @@ def _check(name, images, role):
     if not len(images):
         raise DataError(f"{name}: no {role} images")
     height, width, channels = images.shape[1:]
-    if height % 8 or width % 8:
-        nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (height, width))
+    if height % DOWNSAMPLING or width % DOWNSAMPLING:
+        nearest = "x".join(str(max(1, round(side / DOWNSAMPLING)) * DOWNSAMPLING) for side in (height, width))
         raise DataError(
-            f"{name}: {role} images are {height}x{width}x{channels}; height and width must be multiples of 8: set "
-            f"IMAGE_SHAPE, for example {nearest}x{channels}"
+            f"{name}: {role} images are {height}x{width}x{channels}; height and width must be multiples of "
+            f"{DOWNSAMPLING}: set IMAGE_SHAPE, for example {nearest}x{channels}"
         )
 
 

@@ -11,13 +11,11 @@ import keras
 from keras import layers, ops
 
 from resnet_vae.blocks import Repeated, conv_block, identity_block
-from resnet_vae.config import LAYERS, PACKAGE, blocks_per_stage
+from resnet_vae.config import DOWNSAMPLING, LAYERS, PACKAGE, blocks_per_stage
 from resnet_vae.convolution import matrix, pointwise
 from resnet_vae.normalization import BatchNormalization
 
 FILTERS = ((64, 64, 256), (128, 128, 512), (256, 256, 1024), (512, 512, 2048))  # of a stage's blocks
-SCALE = 8  # an image's side is 8 times that of the smallest feature map
-
 LOG_VAR_RANGE = (-20.0, 10.0)  # standard deviations 5e-5 to 148, the published 2e-9 to 22,026: nothing overflows
 
 
@@ -171,7 +169,7 @@ def build_encoder(config, image_shape):
     if identity:
         # The heads sum over tens of thousands of inputs, none negative: one step of Adam in which these agree can
         # throw a mean by tens of standard deviations. Averaged over the positions, it throws it that much less.
-        x = layers.Rescaling(SCALE**2 / (image_shape[0] * image_shape[1]), name="position_average")(x)
+        x = layers.Rescaling(DOWNSAMPLING**2 / (image_shape[0] * image_shape[1]), name="position_average")(x)
 
     def head(name, initializer, l2):
         regularizer = keras.regularizers.L2(l2) if l2 else None
@@ -205,7 +203,7 @@ def build_decoder(config, image_shape):
         A functional Model: latents (batch, latent_dim) → images in [0, 1], (batch, *image_shape) in float32.
     """
     height, width, channels = image_shape
-    rows, columns = height // SCALE, width // SCALE
+    rows, columns = height // DOWNSAMPLING, width // DOWNSAMPLING
     depth = math.ceil(config.intermediate_dim / (rows * columns))  # the published 1024 / 16 for 32×32 images
     latents = keras.Input((config.latent_dim,), name="latent")
     x = _intermediate(latents, rows * columns * depth, config, config.seed + 3)

@@ -9,7 +9,7 @@ import numpy as np
 from keras import layers, ops
 
 from resnet_vae.blocks import Repeated
-from resnet_vae.config import DATASETS, OBJECTIVES, PACKAGE
+from resnet_vae.config import DATASETS, DOWNSAMPLING, OBJECTIVES, PACKAGE
 from resnet_vae.devices import precision, worth_compiling
 from resnet_vae.networks import build_decoder, build_encoder, scale
 
@@ -433,9 +433,10 @@ def build_vae(config, image_shape=None):
     if image_shape is None:
         raise ValueError(f"the image shape of {config.dataset} is not known here; pass image_shape or set IMAGE_SHAPE")
     shape = [size if isinstance(size, (int, np.integer)) else 0 for size in image_shape]
-    if len(shape) != 3 or shape[0] % 8 or shape[1] % 8 or min(shape) < 1:
+    if len(shape) != 3 or shape[0] % DOWNSAMPLING or shape[1] % DOWNSAMPLING or min(shape) < 1:
         raise ValueError(
-            f"image shape {tuple(image_shape)}: expected height, width and channels, the first two multiples of 8"
+            f"image shape {tuple(image_shape)}: expected height, width and channels, the first two multiples of "
+            f"{DOWNSAMPLING}"
         )
     image_shape = tuple(map(int, shape))
     policy = keras.config.dtype_policy()

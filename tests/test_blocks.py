@@ -659,8 +659,14 @@ def test_shapes_and_the_wrong_channels():
             assert y.shape == shape
     assert conv_block(image, (3, 3), [2, 2, 10], strides=4).shape == (None, 2, 3, 10)
     assert conv_block(image, np.int64(3), np.array([2, 2, 10]), np.int32(4)).shape == (None, 2, 3, 10)
-    for options in ({"shortcut": "some"}, {"filters": 6}, {"kernel_size": (3, 5)}, {"strides": (1, 1, 1)}):
-        with pytest.raises(ValueError, match=r"expected 2 or 3 numbers of filters, one side .* projection, pool, pad"):
+    for options, told in (
+        ({"shortcut": "some"}, "shortcut is 'some'; expected one of identity, projection, pool, pad, none"),
+        ({"order": "last"}, "order is 'last'; expected one of post, pre"),
+        ({"filters": 6}, r"filters is \(6,\); expected 2 or 3 numbers"),
+        ({"kernel_size": (3, 5)}, r"kernel_size is \(3, 5\); expected one side"),
+        ({"strides": (1, 1, 1)}, r"strides is \(1, 1, 1\); expected one number, or two"),
+    ):
+        with pytest.raises(ValueError, match=told):
             identity_block(image, **{"filters": (2, 2, 6), **options})
     with pytest.raises(ValueError, match="the input has 6 channels and the last filters are 7"):
         identity_block(image, 3, (2, 2, 7))
