@@ -69,8 +69,14 @@ def test_the_peer_is_the_same_network(decoder, depth):
     images = RNG.integers(0, 256, (6, 16, 8, 3), "uint8")
     ours.compile()
     expected = ours.evaluate(images, verbose=0)
+    given, dtypes = torch.from_numpy(images).permute(0, 3, 1, 2), []
     with torch.no_grad():
-        loss = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).item()
+        loss = theirs(given).item()
+        for module in (theirs.mean, theirs.log_var, theirs.image):  # whose products are in bfloat16 in ours
+            module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert theirs(given).dtype == torch.float32
+    assert dtypes == [torch.bfloat16] * 3
     assert loss == pytest.approx(expected[0] if isinstance(expected, list) else expected, rel=1e-5)
 
 
