@@ -26,6 +26,10 @@ SUFFIXES = (".png", ".pdf")  # of pictures
 DRAWN = {"sample": "samples", "reconstruct": "reconstructions", "interpolate": "interpolations"}  # and their names
 
 
+def _path(text):
+    return Path(os.path.expanduser(text))
+
+
 def _flag(name):
     return f"--{name.replace('_', '-')}"
 
@@ -54,8 +58,8 @@ def _parser():
         if fields:
             _add_fields(added)
         if run:
-            added.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-            added.add_argument("-o", "--output", type=Path, metavar="PNG", help="the picture (default: in the run)")
+            added.add_argument("run", type=_path, metavar="RUN", help="the folder of a finished run")
+            added.add_argument("-o", "--output", type=_path, metavar="PNG", help="the picture (default: in the run)")
         return added
 
     config = command("config", "print the settings: values, where they come from, what they mean", fields=True)
@@ -64,18 +68,18 @@ def _parser():
     command("train", "train a VAE and draw its pictures", fields=True)
     command("finished", "exit 0 if the run of these settings is finished and its pictures drawn, else 3", fields=True)
     sweep = command("sweep", "check all runs of a sweep, and print a line for each: its name, what is set for it")
-    sweep.add_argument("folder", type=Path, metavar="FOLDER", help="the sweep's")
+    sweep.add_argument("folder", type=_path, metavar="FOLDER", help="the sweep's")
     command("sample", "draw images generated from the prior", run=True)
     command("reconstruct", "draw test images and their reconstructions", run=True)
     command("interpolate", "draw lines in latent space between test images", run=True)
     table = command("table", "write the table and the figures of the runs below a folder")
-    table.add_argument("folder", type=Path, metavar="FOLDER")
+    table.add_argument("folder", type=_path, metavar="FOLDER")
     check = command("verify", "recompute tables, figures, hashes and sums of recorded sweeps; print what differs")
-    check.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    check.add_argument("folders", type=_path, nargs="+", metavar="FOLDER")
     compare = command("compare", "print what differs between two finished runs: history, weights, optimizer")
-    compare.add_argument("runs", type=Path, nargs=2, metavar="RUN")
+    compare.add_argument("runs", type=_path, nargs=2, metavar="RUN")
     evaluate = command("evaluate", "evaluate a run on the test images of another data set, and record it")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    evaluate.add_argument("run", type=_path, metavar="RUN", help="the folder of a finished run")
     evaluate.add_argument("dataset", metavar="DATASET", help="a data set by name, a folder of images, or an .npz file")
     return parser
 
@@ -234,8 +238,9 @@ def _refuse(word, arguments):
 def main():
     """Run the command line; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if sys.stdout is None:  # closed, as by >&-
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
     if hasattr(sys.stdout, "reconfigure"):  # which a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII
     arguments, rest = _parser().parse_known_args()

@@ -178,8 +178,7 @@ class ResidualBlock(layers.Layer):
         gaps = max(self.strides) > (self.kernel_size + 1) // 2  # positions of an upsampled image that conv2 never fills
         known = None not in x.shape[1:3]
         precise = self.variable_dtype in ("float32", "float64")  # as statistics are
-        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
-            x = ops.cast(x, self.compute_dtype)  # Keras leaves whole numbers as they are
+        x = _floats(x, self.compute_dtype)
         return (self.fast if bottleneck and known and precise and not gaps else self.plain)(x, training)
 
     def plain(self, x, training=None):
@@ -293,6 +292,11 @@ class ResidualBlock(layers.Layer):
         }
 
 
+def _floats(x, dtype):
+    """x in the dtype if it is of whole numbers, which Keras leaves as they are."""
+    return x if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)) else ops.cast(x, dtype)
+
+
 def _convolve(convolution, x):
     """A convolution of x."""
     x = _without_bias(convolution, x)
@@ -338,7 +342,8 @@ class Repeated(layers.Layer):
 
     So the time and the memory to trace and compile do not grow with their number. A weight is one variable for all
     blocks, of shape (count, …); `split` and `join` go over to single blocks and back. Single blocks it must be for
-    what does not know loops: TFLite's converter, and on JAX on CPUs forward-mode differentiation (`jax.jvp`).
+    what does not know loops: TFLite's converter, and forward-mode differentiation, `tf.autodiff.ForwardAccumulator` or
+    on JAX on CPUs `jax.jvp`.
 
     Args:
         count: number of blocks.
@@ -398,6 +403,7 @@ class Repeated(layers.Layer):
 
     def call(self, x, training=None):
         training, trained = bool(training and self.trainable), len(self.pattern().trainable_variables)
+        x = _floats(x, self.compute_dtype)
         stacks = self.stacks[:trained] if training else self.stacks
         x, moments = self._loop(training)(x, stacks)
         for stack, batch in zip(self.stacks[trained:] if training else (), moments, strict=True):

@@ -86,15 +86,18 @@ def load(folder):
         RecordError: there are checkpoints, but none is whole.
     """
     found = [path for path in (Path(folder, name) for name in NAMES[:2]) if path.exists()]
-    damages = []
+    damages, damaged = [], None
     for path in found:
         try:
             content = _read(path)
         except (OSError, DamagedError) as error:
             damages.append(f"{path} {error}")
+            damaged = damaged or (path if isinstance(error, DamagedError) else None)
         else:
             if damages:
                 print(f"warning: {'; '.join(damages)}; going on from {path.name}, which is older", file=sys.stderr)
+                if damaged:
+                    damaged.unlink()  # or else the next one would put it in this one's place
             return content
     if damages:
         raise RecordError(f"{'; '.join(damages)}; to train from the beginning, move {folder} away")

@@ -166,6 +166,7 @@ Augmentations = Annotated[
 ]
 PathText = Annotated[str, BeforeValidator(lambda path: os.fspath(path) if isinstance(path, os.PathLike) else path)]
 Shape = Annotated[tuple[int, int, int], BeforeValidator(_parse_shape), AfterValidator(_check_shape)]
+Seed = Annotated[int, Field(ge=0, lt=2**31 - 4)]  # the next three are seeds, too
 Activation = Literal["relu", "sigmoid", "tanh", "elu", "gelu", "silu", "selu", "softplus", "leaky_relu", "linear"]
 
 
@@ -395,9 +396,7 @@ class Config(Settings):
         ge=0,
         description="how often a run that diverges may go back to its last checkpoint and continue at half the rate",
     )
-    seed: int = Field(
-        0, ge=0, lt=2**31 - 1, description="of the weights, the order of images, the noise and the held-out images"
-    )
+    seed: Seed = Field(0, description="of the weights, the order of images, the noise and the held-out images")
     checkpoint_seconds: float = Field(
         30.0, ge=0, description="least time between checkpoints; never less than 100 times the time of writing one"
     )

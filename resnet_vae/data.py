@@ -278,12 +278,19 @@ def _digits():
     return _Part(images[~test], labels[~test]), _Part(images[test], labels[test])
 
 
+def _keras_home():
+    """The folder below which Keras keeps what it downloads."""
+    home = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")))
+    writable = os.access(next(path for path in (home, *home.parents) if path.exists()), os.W_OK)
+    return home if writable else Path("/tmp/.keras")
+
+
 def _keras_dataset(name):
     """One of Keras's data sets, downloaded once; a lock keeps parallel runs from downloading into each other."""
     import keras
     from filelock import FileLock
 
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "datasets"
+    home = _keras_home() / "datasets"
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{name}.lock"):

@@ -21,12 +21,22 @@ def traced_once(function, key):
     if keras.backend.backend() != "tensorflow":
         return function
     import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util  # TensorFlow has no public name for the question
 
-    shared = _shared.get(key)
-    if shared is None:  # not inlined, or else TensorFlow prepares it once a call
-        shared = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
-        _shared[key] = shared
-    return lambda x, stacks: shared(x, [tf.convert_to_tensor(stack) for stack in stacks])  # values, not variables
+    def share(by_xla):
+        shared = _shared.get((key, by_xla))
+        if shared is None:  # not inlined, or else TensorFlow prepares it once a call
+            shared = tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
+            _shared[key, by_xla] = shared
+        return shared
+
+    each = {by_xla: share(by_xla) for by_xla in (False, True)}  # XLA's loops are traced in another way
+
+    def call(x, stacks):
+        by_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+        return each[by_xla](x, [tf.convert_to_tensor(stack) for stack in stacks])  # values, not variables
+
+    return call
 
 
 def scan(function, x, stacks, outputs=(), remat=False):

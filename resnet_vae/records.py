@@ -157,7 +157,7 @@ def read_sweep(folder):
 
 def natural(name):
     """A key that sorts names by the numbers in them: seed-2 before seed-10."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def check_sweep(folder):

@@ -234,7 +234,8 @@ class Training(keras.callbacks.Callback):
         began = self._clock()
 
         def arrays():
-            for variable in [*self._variables(), *self.vae.metrics_variables]:
+            # what `fit` is yet to be given back is in no variable
+            for variable in [*self._variables(), *(self.metrics or self.vae.metrics_variables)]:
                 array = ops.convert_to_numpy(variable)
                 if not np.all(np.isfinite(array)):
                     raise self._diverged(f"the weight {variable.path} is not finite")
@@ -317,12 +318,12 @@ class Training(keras.callbacks.Callback):
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        if not self.config.cmdline:
-            from tqdm.auto import tqdm
-
-            total, done = self.config.epochs * self.steps, len(self.rows) * self.steps + self.step
-            self.bar = tqdm(total=total, initial=done, unit="step")
         try:
+            if not self.config.cmdline:
+                from tqdm.auto import tqdm
+
+                total, done = self.config.epochs * self.steps, len(self.rows) * self.steps + self.step
+                self.bar = tqdm(total=total, initial=done, unit="step")
             self._write_history()
             while not self._is_over():
                 self._run_epoch()

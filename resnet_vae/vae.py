@@ -4,6 +4,9 @@
 pixels, channels and latents, averages over images.
 """
 
+from contextlib import contextmanager
+from functools import partial
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -110,6 +113,30 @@ class _Model(keras.Model):
             super().__setattr__(name, value)
 
 
+class _Moves:
+    """Counts how often a pass through a network moves each of some averages."""
+
+    def __init__(self):
+        self.averages, self.counts = [], {}
+
+    @contextmanager
+    def counted(self):
+        """Count what is assigned to the averages from here on."""
+        self.counts = dict.fromkeys(map(id, self.averages), 0)
+
+        def assign(average, value):
+            self.counts[id(average)] += 1
+            return type(average).assign(average, value)
+
+        for average in self.averages:
+            average.assign = partial(assign, average)
+        try:
+            yield
+        finally:
+            for average in self.averages:
+                del average.assign
+
+
 class _Calibration(_Model):
     """Runs encoder and decoder in training mode, which updates their moving averages: images → a 1 per batch."""
 
@@ -117,11 +144,12 @@ class _Calibration(_Model):
         super().__init__(**kwargs)
         self.supports_jit = worth_compiling()
         self.encoder, self.decoder, self.sampler = encoder, decoder, sampler
-        self.moved, self.built = (), True
+        self.moves, self.built = _Moves(), True
 
     def call(self, images):
-        mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=True))
-        self.decoder(self.sampler(mean, log_var), training=True)
+        with self.moves.counted():
+            mean, log_var = (ops.cast(x, "float32") for x in self.encoder(scale(images), training=True))
+            self.decoder(self.sampler(mean, log_var), training=True)
         return ops.ones((1,))
 
     def put_back(self, values):
@@ -350,9 +378,9 @@ class VAE(_Model):
         "precise BN" of "Rethinking 'Batch' in BatchNorm" (https://arxiv.org/abs/2105.07576), section 3. The mean over
         the batches is weighted as a moving average weights them, the last most, whatever was there before; of one with
         momentum 0 it is the last batch. Dropout and noise begin anew and are put back: the averages are a function of
-        weights and images, and nothing else changes. Normalisations that are frozen or have momentum 1 are left as they
-        are. Of an array or a tensor, images after the last whole batch are left out: a batch of a few would weigh as
-        much as a whole one.
+        weights and images, and nothing else changes. Normalisations that are frozen, have momentum 1, or do not train
+        are left as they are. Of an array or a tensor, images after the last whole batch are left out: a batch of a few
+        would weigh as much as a whole one.
 
         Args:
             x: images, as for `predict`, in random order: a batch of one class has other moments. At least one batch.
@@ -370,12 +398,13 @@ class VAE(_Model):
             for layer in self._flatten_layers()
             if isinstance(layer, (layers.BatchNormalization, Repeated)) and layer.trainable and layer.momentum < 1
             for average in layer.non_trainable_variables
+            if average.name.endswith(("moving_mean", "moving_variance"))
         ]
         generators = [generator for layer in self._flatten_layers() for generator in layer._seed_generators]
         states = [ops.copy(ops.convert_to_tensor(generator.state)) for generator in generators]
-        model, moved = self._calibration(), tuple(id(average) for average, _ in averages)
-        if model.moved != moved:  # what is frozen is told in the trace
-            model.moved, model.predict_function = moved, None
+        model, moved = self._calibration(), [average for average, _ in averages]
+        if list(map(id, model.moves.averages)) != list(map(id, moved)):  # what is frozen is told in the trace
+            model.moves.averages, model.predict_function = moved, None
         former = [ops.copy(ops.convert_to_tensor(average)) for average, _ in averages]
         held = [variable.value for variable in model.variables]
         try:
@@ -384,8 +413,10 @@ class VAE(_Model):
             for average, _ in averages:
                 average.assign(ops.zeros(average.shape))
             batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
-            for average, momentum in averages:
-                average.assign(average / (1 - momentum**batches))  # as Adam corrects its averages, which begin at 0
+            for (average, momentum), value in zip(averages, former, strict=True):
+                times = batches * model.moves.counts[id(average)]  # a layer may be applied more than once
+                # as Adam corrects its averages, which begin at 0
+                average.assign(average / (1 - momentum**times) if times else value)
         except BaseException:
             model.put_back(held)
             for (average, _), value in zip(averages, former, strict=True):

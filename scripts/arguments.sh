@@ -1,4 +1,4 @@
-# What the other scripts source, to look at their arguments.
+# What the other scripts source, for their arguments.
 
 check_arguments() { # at most $1 of the following: -h prints the script's first comment, and no option counts as a folder
   local argument most=$1
@@ -23,4 +23,11 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
     echo "error: there is no ${PYTHON:-python} here; make install, then source .venv/bin/activate, or set PYTHON" >&2
     exit 2
   fi
+}
+
+expanded() { # a path whose ~ the shell left alone, as it does in quotes
+  case $1 in
+    "~" | "~/"*) printf '%s\n' "$HOME${1#\~}" ;;
+    *) printf '%s\n' "$1" ;;
+  esac
 }

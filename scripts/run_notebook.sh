@@ -14,7 +14,8 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
   exit 2
 fi
 name=$(basename "$1")
-export OUTDIR=${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}
+OUTDIR=$(expanded "${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}")
+export OUTDIR
 export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
 export NOTEBOOK_FOLDER=$OUTDIR
 "${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message

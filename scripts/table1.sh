@@ -12,7 +12,7 @@ set -euo pipefail
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
-folder=${1:-runs/table1}
+folder=$(expanded "${1:-runs/table1}")
 export RUNNER=${RUNNER:-command} DATASET=${DATASET:-cifar10} VALIDATION=${VALIDATION:-test} SWEEP="OBJECTIVE DEPTHS"
 sees_gpu() { "${PYTHON:-python}" -c "$1" > /dev/null 2>&1; }
 if nvidia-smi -L > /dev/null 2>&1; then

@@ -360,6 +360,25 @@ def test_frozen_blocks_are_split_and_joined_like_others():
         np.testing.assert_array_equal(weight, value)
 
 
+def test_blocks_take_whole_numbers():
+    """As they take the same numbers as floats."""
+    images = RNG.integers(0, 256, (2, 8, 8, 6), "uint8")
+    for block in (Repeated(3, (2, 2, 6)), ResidualBlock((2, 2, 6))):
+        outputs = [keras.ops.convert_to_numpy(block(x)) for x in (images.astype("float32"), images)]
+        np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="traces are shared on TensorFlow")
+def test_repeated_blocks_train_with_xla_after_they_trained_without():
+    """Their loop is another one there."""
+    image = keras.Input((8, 8, 6))
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(Repeated(3, (2, 2, 6))(image)))
+    images, targets = RNG.standard_normal((4, 8, 8, 6)).astype("float32"), np.ones((4, 6))
+    for jit_compile in (False, True):
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        assert np.isfinite(model.train_on_batch(images, targets))
+
+
 def test_repeated_blocks_from_their_configuration():
     config = {"remat": True, "momentum": 0.8, "gain": 0.5, "order": "pre", "epsilon": 0.01, "learned_step": True}
     loop = Repeated(3, (3, 4, 6), 5, **config, use_bias=False, dtype="mixed_bfloat16")

@@ -406,7 +406,16 @@ def test_output_that_is_closed_or_ascii():
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert ("resnet_depth" in done.stdout.lower()) != bool(redirected)
+        assert ("resnet_depth" in done.stdout.lower()) != redirected.startswith(">")
+
+
+def test_nothing_is_written_to_a_closed_stderr():
+    """What stands for it is there, as a progress bar needs it."""
+    code = "import sys; from resnet_vae.__main__ import main; main(); print(sys.stderr.write('x'), file=sys.stdout)"
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{code}" config 2>&-'], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("\n1\n")
 
 
 def test_what_does_not_make_another_run():

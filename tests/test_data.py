@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from resnet_vae import Config, load_data
-from resnet_vae.data import DataError, augment, labelled
+from resnet_vae.data import DataError, _keras_home, augment, labelled
 
 RNG = np.random.default_rng(0)
 
@@ -528,6 +528,10 @@ def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, mo
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", fail)
+    assert _keras_home() == tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert _keras_home() == Path("/tmp/.keras")  # where Keras then looks, too
     with pytest.raises(DataError) as error:
         load("cifar10")
     for told in ("no network", "cifar-10-python.tar.gz", str(tmp_path / "datasets"), "DATASET=digits"):

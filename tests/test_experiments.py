@@ -351,6 +351,13 @@ def test_the_plane_of_a_path_is_that_of_its_largest_scatter():
         np.testing.assert_allclose(moved @ vector, coordinate, atol=1e-9)
 
 
+def test_an_experiment_that_cannot_be_written_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(euler, "measure", lambda settings: pytest.fail("measured in vain"))
+    (tmp_path / "file").touch()
+    with pytest.raises(records.RecordError, match=r"OUTDIR .*file/sub cannot be written: Not a directory"):
+        euler.run(Euler(outdir=str(tmp_path / "file" / "sub")))
+
+
 def test_a_record_that_was_changed_is_told(tmp_path, monkeypatch):
     """By its hashes; and where these were changed, too, by its picture. It names the code that it began with."""
     monkeypatch.setattr(records, "code", lambda: {"commit": "of the start", "dirty": False})

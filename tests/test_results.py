@@ -640,7 +640,8 @@ def test_a_setting_is_swept_though_the_last_run_has_the_firsts(tmp_path):
 def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
     for seed in (10, 2, 1):
         write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
-    assert [run.config.seed for run in read_sweep(tmp_path)] == [1, 2, 10]
+    write_run(tmp_path / "３", 28, 1850.0, seed=3)  # a digit, but none of ASCII's
+    assert [run.config.seed for run in read_sweep(tmp_path)] == [1, 2, 10, 3]
 
 
 def test_more_than_ten_lines_have_colors_of_their_own(tmp_path):

@@ -214,6 +214,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(two_generation
     values, _ = checkpoints.load(two_generations)
     assert values == {"number": 1}
     assert "checkpoint is" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:  # killed before the next one has its place
+        replace = os.replace
+        patch.setattr(os, "replace", lambda old, new: replace(old, new) if "partial" not in str(old) else sys.exit())
+        with pytest.raises(SystemExit):
+            checkpoints.save(two_generations, {"number": 3}, [])
+    assert checkpoints.load(two_generations)[0] == {"number": 1}
     spoil(two_generations / "checkpoint-before", "truncated")
     with pytest.raises(RecordError, match=r"is damaged.*to train from the beginning, move"):
         checkpoints.load(two_generations)

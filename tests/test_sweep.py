@@ -299,6 +299,22 @@ def test_a_notebooks_folder_is_the_argument_or_outdir(stand_in, tmp_path, words,
     assert (tmp_path / place).is_dir()
 
 
+def test_a_home_folder_that_the_shell_left_alone_is_found(stand_in, tmp_path):
+    """By the scripts and by the command line alike."""
+    (tmp_path / "a.ipynb").write_text("{}")
+    code, _, calls = stand_in("", "run_notebook", ("a.ipynb", "~/here"), HOME=str(tmp_path))
+    assert code == 0
+    assert f"--output-dir {tmp_path}/here " in calls[-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_vae", "table", "~/nothing"],
+        env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"{tmp_path}/nothing has no finished runs" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("sees", "given", "told"),
     [

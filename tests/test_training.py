@@ -644,6 +644,39 @@ def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, monk
     assert (run.metrics["validation"]["loss"], run.metrics["test"]["loss"]) == (1, 4)
 
 
+def test_going_back_keeps_the_figures_of_the_epoch_so_far(tmp_path, monkeypatch):
+    """The checkpoint of a training that went back is that which it went back to."""
+    config = Config(**{**TINY, "checkpoint_seconds": 1e6}, cmdline=True)
+    data, end = load_data(config), Training.on_train_batch_end
+
+    def diverging(self, batch, logs=None):
+        end(self, batch, logs)
+        if self.step == 3:
+            self.save()
+            raise DivergenceError("made up")
+
+    monkeypatch.setattr(Training, "on_train_batch_end", diverging)
+    with pytest.raises(DivergenceError):
+        Training(config, data, tmp_path).run()
+    _, arrays = checkpoints.load(tmp_path)
+    for rollbacks in (1, 2):
+        Training(config, data, tmp_path, rollbacks)
+        values, again = checkpoints.load(tmp_path)
+        assert values["rollbacks"] == rollbacks
+        for one, other in zip(again, arrays, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_signal_before_the_first_step_leaves_no_handler(tmp_path, monkeypatch):
+    """Sent while the progress bar is made."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("tqdm.auto.tqdm", lambda **_: signal.raise_signal(signal.SIGTERM))
+    config = Config(**TINY)
+    with pytest.raises(InterruptedTrainingError):
+        Training(config, load_data(config), tmp_path).run()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_what_a_training_was_is_gone_on_from(tmp_path, monkeypatch):
     """Its history, place, times and rollbacks; and how long saving takes sets how often there is time for it."""
     config = Config(**TINY, cmdline=True)

@@ -1,6 +1,8 @@
 """What an experiment leaves behind: its tables, its figure, its settings and what it ran on."""
 
 import csv
+import errno
+import os
 
 import keras
 
@@ -24,9 +26,12 @@ def conduct(settings, measure, figures):
         RecordError: the folder cannot be written.
     """
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    folder, tables = settings.folder, measure(settings)
+    folder = settings.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        tables = measure(settings)
         for name, rows in tables.items():
             write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
         for name, figure in figures(tables).items():

@@ -12,6 +12,7 @@ from resnet_vae.config import (
     Config,
     ConfigError,
     PathText,
+    Seed,
     Settings,
     Shape,
     blocks_per_stage,
@@ -135,7 +136,7 @@ class Gradients(Networks):
     beta: float = Field(1.0, ge=0, description="weight of the VAEs' KL")
     batch_size: int = Field(32, ge=2, description="images")
     repetitions: int = Field(30, ge=1, description="chains of each kind, a seed each")
-    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of the weights; of the chains the first")
+    seed: Seed = Field(0, description="of the weights; of the chains the first")
 
 
 class Euler(Experiment):
@@ -158,7 +159,7 @@ class Landscape(Trained):
     points: int = Field(9, ge=3, description="on each side of a surface; an odd number has the network in the middle")
     reach: float = Field(1.0, gt=0, description="of lines and surfaces, in lengths of the network's own filters")
     images: int = Field(200, ge=1, description="training images on which the loss is taken")
-    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of weights and directions")
+    seed: Seed = Field(0, description="of weights and directions")
 
 
 class Transfer(Trained):
