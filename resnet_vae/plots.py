@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_vae.records import PICTURES, natural, whole
-from resnet_vae.results import SHOWN, format_setting, post_rows, swept
+from resnet_vae.results import POST, SHOWN, format_setting, like_the_post, swept
 
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
@@ -194,7 +194,7 @@ def losses_by_depth(runs):
     panels = {}
     for run in runs:
         panels.setdefault(run.config.objective, []).append(run)
-    posts = post_rows(runs)
+    posts = POST if any(map(like_the_post, runs)) else ()
     if len({run.config.resnet_depth for run in runs}) == 1 and not posts:
         return _one_depth(figure, runs)
     for axes, (objective, chosen) in zip(

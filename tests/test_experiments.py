@@ -356,6 +356,9 @@ def test_an_experiment_that_cannot_be_written_is_not_begun(tmp_path, monkeypatch
     (tmp_path / "file").touch()
     with pytest.raises(records.RecordError, match=r"OUTDIR .*file/sub cannot be written: Not a directory"):
         euler.run(Euler(outdir=str(tmp_path / "file" / "sub")))
+    monkeypatch.setattr(euler, "measure", lambda settings: (tmp_path / "no data").read_bytes())
+    with pytest.raises(FileNotFoundError, match="no data"):  # which is not told of the folder
+        euler.run(Euler(outdir=str(tmp_path / "there")))
 
 
 def test_a_record_that_was_changed_is_told(tmp_path, monkeypatch):

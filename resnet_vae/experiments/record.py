@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+from contextlib import contextmanager
 
 import keras
 
@@ -27,20 +28,27 @@ def conduct(settings, measure, figures):
     """
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     folder = settings.folder
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        tables = measure(settings)
+    tables = measure(settings)
+    with _writing(folder):
         for name, rows in tables.items():
             write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
         for name, figure in figures(tables).items():
             save(figure, folder / f"{name}.png")
         experiment = figures.__module__.rpartition(".")[2]
         write_record(folder, ran_on, experiment=experiment, settings=settings.model_dump(mode="json"))
+    return folder
+
+
+@contextmanager
+def _writing(folder):
+    try:
+        yield
     except OSError as error:
         raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None
-    return folder
 
 
 def read_tables(folder):
