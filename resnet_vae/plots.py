@@ -101,8 +101,8 @@ def interpolations(run, vae, images, count=6, steps=10):
 
 
 def _network(run):
-    """Whose pictures they are, in a few words."""
-    return f"depth {run.config.resnet_depth}, objective {run.config.objective}"
+    """Whose pictures they are, in a few words: not what a loss is, which they show none of."""
+    return describe(run).partition(":")[0]
 
 
 def curves(run):

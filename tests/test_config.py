@@ -476,7 +476,7 @@ def test_a_misspelled_block_is_one_mistake():
     ("kind", "settings", "told"),
     [
         (Preactivation, {"WIDTH": "5"}, "width is '5': input should be less than or equal to 4"),
-        (Gradients, {"SEED": f"{2**40}"}, "seed is '1099511627776': input should be less than 2147483647"),
+        (Gradients, {"SEED": f"{2**40}"}, "seed is '1099511627776': input should be less than 2147483644"),
         (Transfer, {"CHANNELS": "2"}, "channels is '2': expected 1, 3 or 4, or 0 for those of the first images"),
     ],
 )
