@@ -1,6 +1,7 @@
 """The same VAE in PyTorch, for comparing speed: the same layers, objective and optimizer, written as one would there.
 
-channels_last, fused AdamW, autocast for bfloat16, a loss from logits; eager or compiled.
+With the post's shortcuts, SHORTCUT=projection. channels_last, fused AdamW, autocast for bfloat16, a loss from logits;
+eager or compiled.
 """
 
 import torch

@@ -20,7 +20,7 @@ from resnet_vae.config import DOWNSAMPLING, Config
 from resnet_vae.devices import devices, processor_prefers_bfloat16
 from resnet_vae.records import code, csv_text, environment, write_record, write_text
 
-BASE = Config(image_shape=(32, 32, 3), batch_size=25)
+BASE = Config(image_shape=(32, 32, 3), batch_size=25, shortcut="projection")  # the post's, which PyTorch's has, too
 DEPTHS = (28, 40, 70, 100)  # of the post
 CASES = {  # what is trained
     "published, batch 25": BASE.replace(decoder="published"),
@@ -333,8 +333,9 @@ def draw(rows):
     titles = list(dict.fromkeys(row[panel] for row in rows))
     across = min(2, len(titles))
     down = -(-len(titles) // across)
-    figure = Figure(figsize=((7 if alone else 5.2) * across, 2.6 * down), layout="constrained")
-    for axes, title in zip(figure.subplots(down, across, squeeze=False).flat, titles, strict=False):
+    figure = Figure(figsize=(3 + (4 if alone else 3.2) * across, 2.6 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)  # the same bars in each panel
+    for axes, title in zip(grid.flat, titles, strict=False):
         own = [row for row in rows if row[panel] == title][::-1]
         names, speeds = [row[bar] for row in own], [row["images_per_second"] for row in own]
         ranges = [[row["images_per_second"] - row["lowest"] for row in own]]

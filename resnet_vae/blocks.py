@@ -229,7 +229,8 @@ class ResidualBlock(layers.Layer):
 
         The widest tensors are the outputs of the last 1×1 and of the shortcut: where a normalisation follows a 1×1 of
         a narrow input, it is folded into the kernel. A strided 1×1 is computed only at the positions that it reads, a
-        transposed one only where its output depends on the input; see `resnet_vae.normalization`.
+        transposed one only where its output depends on the input; see `resnet_vae.normalization`. Other shortcuts than
+        projections are as they are defined.
         """
         upsamples, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
         if upsamples:
@@ -490,7 +491,7 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
 
 
 def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpose=False, **options):
-    """Apply a residual block for changes of size or channels; its shortcut is a strided 1×1 projection.
+    """Apply a residual block for changes of size or channels, by default with a strided 1×1 projection as its shortcut.
 
     Args:
         x: tensor (batch, height, width, channels).

@@ -34,6 +34,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 OBJECTIVES = ("elbo", "published")
 PUBLISHED = {  # what PRESET=published sets: the post's recipe
     "resnet_depth": 100,
+    "shortcut": "projection",
     "decoder": "published",
     "activation": "sigmoid",
     "initialization": "published",
@@ -61,11 +62,12 @@ ALIASES = {  # what is no setting, and which one is meant
     "BATCH": "BATCH_SIZE",
     "LR": "LEARNING_RATE",
 }
-BEFORE = {
+BEFORE = {  # what was done before there was such a setting
     "norm_batches": 0,
     "kl_warmup_steps": 0,
     "deterministic": False,
-}  # what was done before there was such a setting
+    "shortcut": "projection",
+}
 NOT_OF_THE_RUN = {"outdir", "cmdline", "remat", "checkpoint_seconds"}  # fields that do not change what is trained
 
 
@@ -325,7 +327,7 @@ class Config(Settings):
         description="post: ReLU after the addition; pre: norm and ReLU before each convolution, a plain one first",
     )
     shortcut: Literal["projection", "pool", "pad", "none"] = Field(
-        "projection",
+        "pool",
         description="where the shape changes: projection, pool or pad; none: no shortcuts at all, a plain network",
     )
     learned_step: bool = Field(False, description="what a block adds is scaled by a trained number, 1 at first")

@@ -1,8 +1,8 @@
 """The encoder and the decoder: four stages of residual blocks between an image and its latent.
 
-The architecture is the post's (https://bjlkeng.io/posts/residual-networks/): by default there is no stem, and the first
-block reads the image (with ORDER=pre a plain 3×3 convolution comes before it); a dense layer stands on either side of
-the latent.
+The architecture is the post's (https://bjlkeng.io/posts/residual-networks/), but that by default the decoder is
+mirrored and shortcuts average. There is no stem unless it is asked for, and the first block reads the image (with
+ORDER=pre a plain 3×3 convolution comes before it); a dense layer stands on either side of the latent.
 """
 
 import math

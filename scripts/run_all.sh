@@ -4,7 +4,7 @@
 # Trains one VAE a depth, each in a folder of its own below FOLDER (default runs/sweep), by executing the notebook, or
 # by the command line where there is no Jupyter. Every setting is an environment variable; DEPTHS="28:20 100:8" gives a
 # depth its own EPOCHS. SWEEP names other variables to sweep, each of which then holds a list, and one VAE is trained
-# for every combination: SWEEP="SHORTCUT DEPTHS" SHORTCUT="projection none" DEPTHS="28 100". A finished run with the
+# for every combination: SWEEP="SHORTCUT DEPTHS" SHORTCUT="pool none" DEPTHS="28 100". A finished run with the
 # same settings is skipped, an unfinished one is continued; one that fails does not stop the others. EVALUATE names a
 # data set on whose test images each finished run is evaluated, too. At the end the table and the figures are made anew.
 # Exit code: 0 if all runs are finished, 1 if not, 2 for a mistake in the settings of any of them, before the first is

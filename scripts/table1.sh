@@ -4,9 +4,10 @@
 # Trains the four depths on CIFAR-10, with the test images for validation as in the post, and makes the table. Where
 # there is an NVIDIA GPU: at full width, under the post's objective, with flipped images, in 19 minutes on an H200, on
 # JAX if it can use the GPU, else on TensorFlow. Elsewhere: at a quarter of the width, under both objectives, each run
-# with as many epochs as take about 100 minutes on two cores of an Intel Xeon, half a day in all. What is set beforehand
-# stays as it is, but for SWEEP: DATASET=data/cifar10 and EVALUATE=data/other.npz, for instance. It is run_all.sh with
-# these settings: it runs unattended, and after an interruption the same command goes on.
+# with as many epochs as take about 100 minutes on two cores of an Intel Xeon, half a day in all (both measured with
+# SHORTCUT=projection). What is set beforehand stays as it is, but for SWEEP: DATASET=data/cifar10 and
+# EVALUATE=data/other.npz, for instance. It is run_all.sh with these settings: it runs unattended, and after an
+# interruption the same command goes on.
 set -euo pipefail
 
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")

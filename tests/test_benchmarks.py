@@ -56,7 +56,7 @@ def test_the_peer_is_the_same_network(decoder, depth):
 
     keras.utils.set_random_seed(0)
     size = {"width": 1 / 16, "latent_dim": 4, "intermediate_dim": 16}
-    config = Config(**size, decoder=decoder, resnet_depth=depth, precision="float32")
+    config = Config(**size, decoder=decoder, resnet_depth=depth, shortcut="projection", precision="float32")
     ours, theirs = build_vae(config, (16, 8, 3)), VAE(config, (16, 8, 3)).eval()
     for weight in ours.weights:
         if weight.name in ("kernel", "gamma") and not np.any(keras.ops.convert_to_numpy(weight)):

@@ -268,9 +268,10 @@ def test_a_configuration_is_frozen_and_survives_its_record():
         config.width = 1
     record = json.loads(json.dumps({"values": config.model_dump(mode="json"), "origins": config.origins}))
     assert Config.from_record(record) == config
-    for name in ("kl_warmup_steps", "norm_batches", "deterministic"):
+    before = {"kl_warmup_steps": 0, "norm_batches": 0, "deterministic": False, "shortcut": "projection"}
+    for name, value in before.items():
         del record["values"][name]  # as in records that are older than the setting
-        assert not getattr(Config.from_record(record), name)
+        assert getattr(Config.from_record(record), name) == value
     for broken in ({}, [], {"values": 3, "origins": {}}, {"values": {"width": "x"}, "origins": {}}):
         with pytest.raises(ConfigError):
             Config.from_record(broken)

@@ -926,7 +926,7 @@ def test_how_other_blocks_begin(images, words):
     assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.5)
     assert np.isfinite(figures["kl"])
     steps = [layer for layer in vae.encoder.layers if isinstance(layer, ResidualBlock)]
-    assert {layer.shortcut_kind for layer in steps[:1]} == {words.get("shortcut", "projection")}
+    assert {layer.shortcut_kind for layer in steps[:1]} == {words.get("shortcut", "pool")}
 
 
 def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):

@@ -15,6 +15,7 @@ SMALL_VAE = {
     "intermediate_dim": 128,
     "precision": "float32",
     "kl_warmup_steps": 0,
+    "shortcut": "projection",  # the papers'
     "initialization": "published",  # for plain and residual alike; by default residual blocks start as the identity
 }
 

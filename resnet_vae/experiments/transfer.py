@@ -52,7 +52,7 @@ def measure(settings):
     for network, depth in zip(NETWORKS, (settings.depth, settings.vae_depth), strict=True):
         known = is_old if network == "classifier" else slice(None)
         first = data.train[known], data.labels[0][known]
-        kind = "residual" if network == "classifier" else "zero-init"  # the defaults
+        kind = "residual" if network == "classifier" else "zero-init"  # as each begins by default
         build = partial(build_network, settings, network, kind, depth)
         source = build(data)
 
