@@ -168,8 +168,9 @@ def _table(arguments):
     from resnet_vae import plots, results
     from resnet_vae.records import read_sweep
 
-    table = results.write_table(arguments.folder)
-    figures = plots.draw_sweep(read_sweep(arguments.folder), arguments.folder)
+    runs = read_sweep(arguments.folder)
+    table = results.write_table(runs, arguments.folder)
+    figures = plots.draw_sweep(runs, arguments.folder)
     begun = sorted(path.parent for path in arguments.folder.glob("*/config.json"))
     if unfinished := [folder.name for folder in begun if not (folder / "metrics.json").exists()]:
         print(f"left out, since they are not finished: {', '.join(unfinished)}", file=sys.stderr)

@@ -136,7 +136,7 @@ def blocks_per_stage(depth, block="bottleneck"):
 
 def _parse_shape(value):
     if isinstance(value, str):
-        return [part.strip() for part in value.replace("x", ",").strip("()[] ").split(",")] if value.strip() else None
+        return [part.strip() for part in value.replace("x", ",").strip("()[] ").split(",")]
     return value
 
 
@@ -451,8 +451,14 @@ class Config(Settings):
         return f"{', '.join(departures)}: no bound" if departures else "negative ELBO"
 
     def recipe(self):
-        """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run."""
-        return self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+        """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run.
+
+        The image shape is None where only the data tell: of a path, without IMAGE_SHAPE.
+        """
+        recipe = self.model_dump(mode="json", exclude=NOT_OF_THE_RUN)
+        if self.image_shape is None and self.dataset in DATASETS:
+            recipe["image_shape"] = list(DATASETS[self.dataset])
+        return recipe
 
 
 def _explain(error, given, known):

@@ -41,7 +41,7 @@ class Data:
     `validation` is a part of the original training images, or the test images themselves, by config.validation.
     `fingerprint` is a SHA-256 over all the images before the split. `labels` are three arrays of class numbers,
     (images,), for train, validation and test, or None where there are none that can be used; `no_labels` then says why.
-    `classes` are the classes' names. `test_held_out`: the set has no test images of its own.
+    `classes` are the classes' names. `seed` is what chose the images that are set apart, None where none are.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Data:
     labels: tuple | None = None
     classes: tuple = ()
     no_labels: str = ""
-    test_held_out: bool = False
+    seed: int | None = None
 
     @property
     def image_shape(self):
@@ -74,6 +74,17 @@ class _Part:
         return _Part(self.images[:cut], labels[0]), _Part(self.images[cut:], labels[1])
 
 
+@dataclass
+class _Set:
+    """A data set as it is read, brought to the image shape; without test images of its own, test is None."""
+
+    train: _Part
+    test: _Part | None
+    fingerprint: str
+    classes: tuple
+    no_labels: str
+
+
 def load_data(config):
     """Load the data set that a configuration names.
 
@@ -87,6 +98,31 @@ def load_data(config):
         DataError: the data cannot be had, read, or brought to the image shape. Labels that cannot be used are none:
             a VAE does not need them; see `labelled`.
     """
+    return _divided(_read(config), config)
+
+
+def load_test_images(config, trained_on):
+    """Load the test images of the data set that a configuration names, to evaluate on.
+
+    Args:
+        config: as of `load_data`.
+        trained_on: the fingerprint of the data that the network was trained on. Of other data without test images of
+            their own these are all images.
+
+    Returns:
+        The data set's name, uint8 images (images, height, width, channels), and the set's fingerprint.
+
+    Raises:
+        DataError: as of `load_data`.
+    """
+    found = _read(config)
+    whole = found.test is None and found.fingerprint != trained_on
+    images = found.train.images if whole else _divided(found, config).test
+    return Path(config.dataset).name, images, found.fingerprint
+
+
+def _read(config):
+    """The `_Set` that a configuration names; see `load_data`."""
     check_dataset(config.dataset)
     name, shape = config.dataset, config.image_shape
     if name == "digits":
@@ -102,8 +138,13 @@ def load_data(config):
         for part in parts:
             part.images = _resize(part.images, shape)
     _check(name, train.images, "training")
-    digest, held_out = _fingerprint(train, test), test is None
-    if held_out:
+    return _Set(train, test, _fingerprint(train, test), classes, no_labels)
+
+
+def _divided(found, config):
+    """The `Data` of a set, with what has to be set apart set apart."""
+    name, train, test = config.dataset, found.train, found.test
+    if test is None:
         train, test = _hold_out(name, train, len(train.images) // 10, config.seed)
     _check(name, test.images, "test")
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -115,8 +156,16 @@ def load_data(config):
     if config.validation == "holdout":
         train, validation = _hold_out(name, train, min(HELD_OUT, len(train.images) // 10), config.seed)
     parts = (train, validation, test)
-    labels = None if no_labels else tuple(part.labels for part in parts)
-    return Data(Path(name).name, *(part.images for part in parts), digest, labels, classes, no_labels, held_out)
+    labels = None if found.no_labels else tuple(part.labels for part in parts)
+    return Data(
+        Path(name).name,
+        *(part.images for part in parts),
+        found.fingerprint,
+        labels,
+        found.classes,
+        found.no_labels,
+        None if train is found.train else config.seed,
+    )
 
 
 def _fingerprint(*parts):
@@ -144,16 +193,21 @@ def check_data_of(config, data):
     """Refuse data that are not what `load_data` loads for a configuration, as far as they tell.
 
     Raises:
-        DataError: another name, image shape, or choice of validation images.
+        DataError: another name, image shape, or choice of validation or test images.
     """
-    given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout")
+    given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout", data.seed)
     shape = config.image_shape or data.image_shape
-    asked = (Path(config.dataset).name, tuple(shape), config.validation)
+    asked = (
+        Path(config.dataset).name,
+        tuple(shape),
+        config.validation,
+        data.seed if data.seed is None else config.seed,
+    )
     if given != asked:
         told = [", ".join(map(str, each)) for each in (given, asked)]
         raise DataError(
-            f"these data are not the configuration's: name, image shape and validation are {told[0]}; expected "
-            f"{told[1]}, as load_data(config) gives them"
+            f"these data are not the configuration's: name, image shape, validation and the seed of what is set apart "
+            f"are {told[0]}; expected {told[1]}, as load_data(config) gives them"
         )
 
 

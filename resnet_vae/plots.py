@@ -248,9 +248,10 @@ def _one_depth(figure, runs):
     if max(losses) > (right := _farthest(losses)):
         axes.set_xlim(min(losses) - 0.05 * (right - min(losses)), right)
         for number, run in enumerate(runs):
-            if (loss := run.metrics["validation"]["loss"]) > right:
+            both = {"validation": run.metrics["validation"]["loss"], "training": run.metrics["train"]["loss"]}
+            if told := ", ".join(f"{name} {loss:,.0f}" for name, loss in both.items() if loss > right):
                 place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center", "fontsize": 8}
-                axes.annotate(f"validation {loss:,.0f} → ", (1, number), **place)
+                axes.annotate(f"{told} → ", (1, number), **place)
     told = f", {meanings.pop()}" if len(meanings) == 1 else ""
     axes.set(xlabel="loss, nats per image", title=f"depth {runs[0].config.resnet_depth}{told}")
     axes.plot([], [], "ko", label="validation")

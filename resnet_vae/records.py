@@ -142,7 +142,7 @@ def read_history(path):
 
 
 def read_sweep(folder):
-    """Read the finished runs in the folders directly below a folder, by depth, objective and name.
+    """Read the finished runs in the folders directly below a folder, in the order of `sort_sweep`.
 
     Raises:
         RecordError: there is none.
@@ -152,6 +152,11 @@ def read_sweep(folder):
     check_sweep(folder)
     if not runs:
         raise RecordError(f"{folder} has no finished runs below it; expected folders with a metrics.json")
+    return sort_sweep(runs)
+
+
+def sort_sweep(runs):
+    """Runs by objective, depth and name."""
     return sorted(runs, key=lambda run: (run.config.objective, run.config.resnet_depth, natural(run.folder.name)))
 
 
@@ -256,7 +261,8 @@ def write_json(path, values):
 
 def sha256_of(path):
     """The SHA-256 of a file's content, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_record(folder, ran_on, **values):

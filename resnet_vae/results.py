@@ -4,10 +4,8 @@ import re
 import warnings
 from pathlib import Path
 
-import numpy as np
-
 from resnet_vae.config import DATASETS, UserError
-from resnet_vae.data import check_dataset, entropy_floor, load_data
+from resnet_vae.data import check_dataset, entropy_floor, load_data, load_test_images
 from resnet_vae.devices import devices, precision, settle
 from resnet_vae.records import (
     check_data,
@@ -15,7 +13,6 @@ from resnet_vae.records import (
     environment,
     model_of,
     read_run,
-    read_sweep,
     write_json,
     write_text,
 )
@@ -112,14 +109,12 @@ def evaluate_run(folder, dataset):
     from resnet_vae.training import score
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    data = load_data(run.config.replace(dataset=dataset, validation="test"))
-    images = data.test
-    if data.test_held_out and data.fingerprint != run.provenance["data"]["fingerprint"]:
-        images = np.concatenate([data.train, data.test])
+    asked = run.config.replace(dataset=dataset, validation="test")
+    name, images, fingerprint = load_test_images(asked, run.provenance["data"]["fingerprint"])
     result = {
         "dataset": dataset,
-        "data": data.name,
-        "fingerprint": data.fingerprint,
+        "data": name,
+        "fingerprint": fingerprint,
         "loss_is": run.config.loss_meaning,
         "images": len(images),
         "floor": entropy_floor(images),
@@ -127,7 +122,7 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(run.folder / f"evaluation-{data.name.removesuffix('.npz')}.json", result)
+    write_json(run.folder / f"evaluation-{name.removesuffix('.npz')}.json", result)
     return result
 
 
@@ -158,10 +153,10 @@ def columns(runs):
 
 
 def like_the_post(run):
-    """Whether a run can be compared with the post's rows: on CIFAR-10, under the post's objective."""
+    """Whether a run can be compared with the post's rows: on CIFAR-10, under the post's objective, with BETA=1."""
     name = run.provenance["data"]["name"].lower().replace("-", "")
     cifar10 = re.search("cifar10(?!0)", name) and run.config.image_shape == DATASETS["cifar10"]
-    return bool(cifar10) and run.config.objective == "published"
+    return bool(cifar10) and run.config.objective == "published" and run.config.beta == 1
 
 
 def table_rows(runs):
@@ -241,9 +236,8 @@ def notes(runs):
     return remarks
 
 
-def tables(folder):
-    """The table of the runs below a folder: file name → text; the same runs give the same text."""
-    runs = read_sweep(folder)
+def tables(runs):
+    """The table of runs, as `read_sweep` has them: file name → text; the same runs give the same text."""
     rows, remarks, shown = table_rows(runs), notes(runs), columns(runs)
     cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in shown.items()] for row in rows]
     headings = [heading for heading, _ in shown.values()]
@@ -260,9 +254,9 @@ def tables(folder):
     return {"table.md": markdown, "table.csv": csv_text(rows, shown), "table.tex": latex}
 
 
-def write_table(folder):
-    """Write table.md, table.csv and table.tex of the runs below a folder; returns the Markdown text."""
-    texts = tables(folder)
+def write_table(runs, folder):
+    """Write table.md, table.csv and table.tex of a sweep's runs into a folder; returns the Markdown text."""
+    texts = tables(runs)
     for name, text in texts.items():
         write_text(Path(folder) / name, text)
     return texts["table.md"]

@@ -147,6 +147,18 @@ def without_progress(losses, patience, min_delta=0.0):
     return times
 
 
+class _AsTheyAre(keras.callbacks.CallbackList):
+    """Hands on the figures of a step as they are, on a GPU perhaps yet to be computed, where Keras waits for them."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        for callback in self.callbacks:
+            callback.on_train_batch_end(batch, logs)
+
+    def on_test_batch_end(self, batch, logs=None):
+        for callback in self.callbacks:
+            callback.on_test_batch_end(batch, logs)
+
+
 class Training(keras.callbacks.Callback):
     """One run's training, which may be stopped at any step and resumes from its checkpoint with the same results.
 
@@ -157,7 +169,7 @@ class Training(keras.callbacks.Callback):
         config: a `Config`.
         data: its `Data`.
         folder: the run's; a checkpoint there is gone on from.
-        rollbacks: how often the training went back to its checkpoint, each time to go on at half the rate.
+        before: the training that diverged, which goes back to its checkpoint with this one, to go on at half the rate.
 
     Raises:
         RecordError: there are checkpoints, but none is whole, or they are of another configuration, data or code.
@@ -177,14 +189,14 @@ class Training(keras.callbacks.Callback):
         "started",
     )
 
-    def __init__(self, config, data, folder, rollbacks=0):
+    def __init__(self, config, data, folder, before=None):
         super().__init__()
         self.config, self.data, self.folder = config, data, folder
         self.identity = identity(config, data)
         self.rows = []  # of the history, a dict an epoch
         self.step = 0  # steps done in the epoch after those
         self.figures = None  # that epoch's training figures, while it is being validated
-        self.rollbacks, self.sessions = rollbacks, 0
+        self.rollbacks = self.sessions = 0
         self.seconds = self.cpu_seconds = self.saving_seconds = 0.0  # of all sessions
         self.began = 0.0  # when the epoch began
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -196,7 +208,9 @@ class Training(keras.callbacks.Callback):
             checkpoints.check_identity(folder, loaded[0]["identity"], self.identity)
             for name in self.KEPT:
                 setattr(self, name, loaded[0][name])
-            self.rollbacks = max(self.rollbacks, rollbacks)
+        self.sessions += 1
+        if before:
+            self._take_over(before)
         keras.utils.set_random_seed(config.seed)
         self.vae = build_vae(config)
         self.set_model(self.vae)
@@ -205,10 +219,16 @@ class Training(keras.callbacks.Callback):
         compile_vae(self.vae, config.replace(learning_rate=self.rate), self.steps)
         if loaded:
             self._restore(loaded[1])
-        self.sessions += 1
         self._remember()
-        if rollbacks:
+        if before:
             self.save()
+
+    def _take_over(self, before):
+        """Count one more going back; the time that it cost is this run's, too."""
+        before._clock()
+        self.rollbacks = before.rollbacks + 1
+        for name in ("sessions", "seconds", "cpu_seconds", "saving_seconds", "started"):
+            setattr(self, name, getattr(before, name))
 
     def _variables(self):
         """The state of the model and the optimizer; the rate follows from the configuration and the rows."""
@@ -355,14 +375,16 @@ class Training(keras.callbacks.Callback):
         if self.step < self.steps:
             epoch = len(self.rows)
             batches = Batches(data.train, config.batch_size, config.seed, epoch, self.step, config.augment)
-            self.vae.fit(feed(batches), shuffle=False, verbose=0, callbacks=[self])
+            callbacks = _AsTheyAre([self], add_history=True, model=self.vae)
+            self.vae.fit(feed(batches), shuffle=False, verbose=0, callbacks=callbacks)
             self._check_loss()
         if self.figures is None:
             self.figures = {name: float(value) for name, value in self.vae.get_metrics_result().items()}
         if config.norm_batches:  # once more where a validation was interrupted: the same weights, the same batches
             batches = Batches(data.train, config.batch_size, config.seed, len(self.rows), 0, config.augment)
             self.vae.calibrate(feed(batches), steps=min(config.norm_batches, self.steps))
-        validation = evaluate(self.vae, data.validation, config.batch_size, [self])
+        watched = _AsTheyAre([self], model=self.vae)
+        validation = evaluate(self.vae, data.validation, config.batch_size, watched)
         if not math.isfinite(validation["loss"]):
             raise self._diverged(f"the validation loss is {validation['loss']}")
         self._clock()
@@ -505,7 +527,7 @@ def _train(config, data, folder):
                 raise
             print(f"{error}; going back to the last checkpoint, to go on at half the rate", flush=True)
             stopped = training.signal  # while the step that diverged was computed
-            training = Training(config, data, folder, training.rollbacks + 1)
+            training = Training(config, data, folder, training)
             if stopped:
                 raise InterruptedTrainingError(stopped, folder) from None
 

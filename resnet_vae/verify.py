@@ -23,8 +23,8 @@ from resnet_vae.records import (
     read_history,
     read_json,
     read_run,
-    read_sweep,
     sha256_of,
+    sort_sweep,
 )
 from resnet_vae.results import tables
 
@@ -100,18 +100,19 @@ def _sweep(folder):
             wrong += [f"{place / name} {what}" for name, what in _run(run)]
         except UserError as error:
             wrong.append(str(error))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             wrong.append(f"{place} holds a record that lacks something: {type(error).__name__} {error}")
         else:
             runs.append(run)
     if wrong:  # the table of what is left would not be the recorded one
         return wrong
-    for name, text in tables(folder).items():
+    runs = sort_sweep(runs)
+    for name, text in tables(runs).items():
         if not (folder / name).exists():
             wrong.append(f"{folder / name} is missing")
         elif (folder / name).read_bytes() != text.encode():
             wrong.append(f"{folder / name} is not the table of these runs; python -m resnet_vae table {folder}")
-    figures = {folder / f"{name}.png": figure for name, figure in plots.of_sweep(read_sweep(folder)).items()}
+    figures = {folder / f"{name}.png": figure for name, figure in plots.of_sweep(runs).items()}
     figures |= {run.folder / "curves.png": plots.curves(run) for run in runs}
     return wrong + [f"{path} {what}" for path, figure in figures.items() if (what := _picture(path, figure))]
 
@@ -120,7 +121,8 @@ def _run(run):
     """What is wrong with a run: pairs of a file's name and a few words."""
     yield from _hashes(run.folder, run.provenance.get("files", {}))
     metrics, beta = run.metrics, run.config.beta
-    if [row["epoch"] for row in run.history] != list(range(1, metrics["epochs"] + 1)):
+    epochs = [row["epoch"] for row in run.history]
+    if len(epochs) != metrics["epochs"] or epochs != list(range(1, len(epochs) + 1)):
         yield "history.csv", f"is not one row per epoch for {metrics['epochs']} epochs"
         return
     least = min(row["val_loss"] for row in run.history)  # rounded: several epochs may have it

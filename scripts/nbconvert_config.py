@@ -40,8 +40,10 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
         except BaseException as error:
             path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
             kept = f"as far as it came is {path}"
+            refused = self.exit_code is not None and path.with_name("metrics.json").exists()  # by a finished run
             try:
-                nbformat.write(self.nb, path)
+                if not refused:
+                    nbformat.write(self.nb, path)
             except OSError as problem:  # as on a full disk
                 kept = f"cannot be written to {path}: {problem.strerror}"
             if self.stopped_by:

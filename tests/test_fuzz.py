@@ -15,6 +15,7 @@ from test_results import write_run
 from resnet_vae import Config, load_data
 from resnet_vae.config import ConfigError, UserError
 from resnet_vae.data import DataError
+from resnet_vae.records import read_sweep
 from resnet_vae.results import tables
 from resnet_vae.verify import verify
 
@@ -59,7 +60,7 @@ def spoilt_copy(folders, spoil, name):
     path = folders / "copy" / "run" / name
     path.write_bytes(spoil(path.read_bytes()))
     try:
-        tables(folders / "copy")
+        tables(read_sweep(folders / "copy"))
     except UserError as error:
         assert str(error)  # noqa: PT017
     assert all(isinstance(line, str) for line in verify(folders / "copy"))
@@ -152,6 +153,6 @@ def test_an_npz_whose_header_claims_more_than_there_is(tmp_path):
 
 def test_the_corpus_is_read_when_it_is_whole(folders, files):
     """So that the tests above do not pass because nothing can be read at all."""
-    assert tables(folders / "whole")["table.md"]
+    assert tables(read_sweep(folders / "whole"))["table.md"]
     for path in files.iterdir():
         assert len(load_data(Config(dataset=str(path))).train) == 10

@@ -341,6 +341,18 @@ def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, code, t
     assert kept.cells[0].outputs[0].text == "so far\n"
 
 
+def test_a_refused_run_leaves_the_notebook_of_the_finished_one(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text("{}")
+    (out / "failing.ipynb").write_text("the finished run's")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(OURS)]), tmp_path / "failing.ipynb")
+    script = [HOME / "scripts" / "run_notebook.sh", tmp_path / "failing.ipynb", out]
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (4, "error: the folder is in use")
+    assert (out / "failing.ipynb").read_text() == "the finished run's"
+
+
 def test_two_notebooks_at_once_in_one_folder(tmp_path):
     for name in ("one", "two"):
         cells = [nbformat.v4.new_code_cell(source) for source in ("import time; time.sleep(3)", f"print({name!r})")]

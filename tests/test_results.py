@@ -74,7 +74,7 @@ EXPECTED = """\
 
 
 def test_table_is_the_runs_beside_the_posts_rows(sweep):
-    markdown = write_table(sweep)
+    markdown = write_table(read_sweep(sweep), sweep)
     assert EXPECTED in markdown
     assert markdown.count("| the post's |") == 4
     for told in ("VALIDATION=test", "no bound on the likelihood", "Where beta is not 1", "a_b&lt;\\|$%\\"):
@@ -88,21 +88,24 @@ def test_table_is_the_runs_beside_the_posts_rows(sweep):
     assert latex.count("\\\\\n") == 1 + len(table_rows(read_sweep(sweep)))
 
 
-@pytest.mark.parametrize(("name", "settings"), [("cifar10", {}), ("digits", {"objective": "published"})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("cifar10", {}), ("digits", {"objective": "published"}), ("cifar10", {"objective": "published", "beta": 0.5})],
+)
 def test_a_table_that_cannot_be_compared_with_the_post_says_so(tmp_path, name, settings):
     write_run(tmp_path / "a", 28, 1850.0, name, **settings)
-    markdown = write_table(tmp_path)
+    markdown = write_table(read_sweep(tmp_path), tmp_path)
     assert f"Images: {name}." in markdown
     assert "They must not be compared with the others" in markdown
     write_run(tmp_path / "b", 28, 1850.0, "cifar10", objective="published")
-    assert "They must not be compared with the others" not in write_table(tmp_path)
+    assert "They must not be compared with the others" not in write_table(read_sweep(tmp_path), tmp_path)
 
 
 def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     for number, (shortcut, augment) in enumerate([("projection", ("flip", "shift")), ("none", ())]):
         for depth in (28, 100):
             write_run(tmp_path / f"{shortcut}-{depth}", depth, 1850.0 + number, shortcut=shortcut, augment=augment)
-    header, _, first, *_ = write_table(tmp_path).splitlines()
+    header, _, first, *_ = write_table(read_sweep(tmp_path), tmp_path).splitlines()
     assert "| Width | Augment | Shortcut | Parameters |" in header
     assert first.startswith("| none-28 | 28 | elbo | 1 | none | none | 1,234,567 |")
     figures = of_sweep(read_sweep(tmp_path))
@@ -333,7 +336,7 @@ def test_a_table_tells_of_runs_that_were_stopped(tmp_path):
         write_run(tmp_path / f"depth-{depth}", depth, 1850.0, epochs=epochs)
     path = tmp_path / "depth-34" / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 2}))
-    table = write_table(tmp_path)
+    table = write_table(read_sweep(tmp_path), tmp_path)
     assert "depth-34 was stopped after 2 of 10 epochs, by PATIENCE, before its rate had fallen." in table
     assert "depth-28 was stopped" not in table
 
@@ -343,7 +346,7 @@ def test_names_with_dollars_and_lines_are_drawn_and_typeset_as_they_are(tmp_path
         write_run(tmp_path / str(number), 28, 1850.0, name, dataset=name)
     for figure in of_sweep(read_sweep(tmp_path)).values():
         figure.draw_without_rendering()
-    write_table(tmp_path)
+    write_table(read_sweep(tmp_path), tmp_path)
     after = (tmp_path / "table.tex").read_text().partition("\\end{tabular}\n")[2]
     assert all(line.startswith("%") for line in after.splitlines())
 
@@ -351,18 +354,18 @@ def test_names_with_dollars_and_lines_are_drawn_and_typeset_as_they_are(tmp_path
 def test_a_table_has_the_bound_where_a_loss_is_none(tmp_path):
     write_run(tmp_path / "elbo", 28, 1830.0)
     write_run(tmp_path / "published", 28, 1800.0, objective="published")
-    assert "bound" not in write_table(tmp_path).splitlines()[0]
-    assert "Bounds compare" not in write_table(tmp_path)
+    assert "bound" not in write_table(read_sweep(tmp_path), tmp_path).splitlines()[0]
+    assert "Bounds compare" not in write_table(read_sweep(tmp_path), tmp_path)
     path = tmp_path / "published" / "metrics.json"
     metrics = json.loads(path.read_text())
     metrics["test"]["bound"] = 1836.8
     path.write_text(json.dumps(metrics))
-    header, _, elbo, published, post, *_ = write_table(tmp_path).splitlines()
+    header, _, elbo, published, post, *_ = write_table(read_sweep(tmp_path), tmp_path).splitlines()
     assert header.endswith("| Test loss | Test bound |")
     assert elbo.endswith("| 1831.0 | 1831.0 |")
     assert published.endswith("| 1801.0 | 1836.8 |")
     assert post.endswith("|  |  |")
-    assert "Bounds compare across objectives" in write_table(tmp_path)
+    assert "Bounds compare across objectives" in write_table(read_sweep(tmp_path), tmp_path)
 
 
 def test_a_loss_that_is_far_off_is_told_at_the_edge(tmp_path):
@@ -372,7 +375,7 @@ def test_a_loss_that_is_far_off_is_told_at_the_edge(tmp_path):
     (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
     left, right = axes.get_xlim()
     assert left < 1865 < 1880 < right < 1930
-    assert [text.get_text() for text in axes.texts] == ["validation 3,630 → "]
+    assert [text.get_text() for text in axes.texts] == ["validation 3,630, training 3,625 → "]
 
 
 def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_path):
@@ -414,7 +417,7 @@ def test_a_table_tells_of_rows_that_must_not_be_compared(tmp_path):
     history = tmp_path / "depth-40" / "history.csv"
     lines = history.read_text().splitlines()
     history.write_text("\n".join(f"{line},{last}" for line, last in zip(lines, ("rollbacks", 0, 2), strict=True)))
-    table = write_table(tmp_path)
+    table = write_table(read_sweep(tmp_path), tmp_path)
     assert "The images of own.npz are not the same in all rows" in table
     assert "depth-28, depth-34: 12345678; depth-40: abcdefgh." in table
     assert "depth-40 diverged and went on at half the learning rate, 2 times in all." in table
@@ -436,7 +439,7 @@ def test_runs_that_are_not_finished_are_told(sweep, capsys, monkeypatch):
 
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
-        write_table(tmp_path)
+        write_table(read_sweep(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("recorded", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda p: p.name)
@@ -527,6 +530,8 @@ CALM_HOURS = json.loads((RESULTS / "calm" / "depth-28" / "provenance.json").read
             "has the precision mixed_bfloat16; in config.json it is float32",
         ),
         (lambda sweep: (sweep / "record.json").write_text('{"files": {}}'), "is not in record.json"),
+        (change(METRICS, '"epochs": 6', '"epochs": 10000000000000'), "is not one row per epoch for 10000000000000"),
+        (change(PROVENANCE, '"seconds": [^,]*', '"seconds": 0'), "holds a record that lacks something: ZeroDivision"),
         (change("depth-28/history.csv", "\n1,", "\n2,"), "history.csv is not one row per epoch for 6 epochs"),
         (change(METRICS, '"best_epoch": 6', '"best_epoch": 9'), "has epoch 9 for the best; in history.csv it is 6"),
         (change(METRICS, '"best_epoch"', '"worst_epoch"'), "best_epoch: Field required"),
@@ -627,7 +632,7 @@ def test_the_readmes_table_is_a_recorded_one():
 def test_one_run_of_each_validation_is_told(tmp_path):
     for depth, validation in ((28, "test"), (40, "holdout")):
         write_run(tmp_path / str(depth), depth, 1850.0, validation=validation)
-    assert "VALIDATION=test" in write_table(tmp_path)
+    assert "VALIDATION=test" in write_table(read_sweep(tmp_path), tmp_path)
 
 
 def test_a_setting_is_swept_though_the_last_run_has_the_firsts(tmp_path):
@@ -656,7 +661,7 @@ def test_images_of_two_data_sets_may_differ(tmp_path):
         write_run(tmp_path / name, depth, 1850.0, name)
         provenance = {"data": {"name": name, "fingerprint": 9 * name}}
         (tmp_path / name / "provenance.json").write_text(json.dumps(provenance))
-    assert "not the same in all rows" not in write_table(tmp_path)
+    assert "not the same in all rows" not in write_table(read_sweep(tmp_path), tmp_path)
 
 
 def test_verify_adds_up_evaluations(tmp_path):

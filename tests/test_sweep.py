@@ -105,7 +105,7 @@ def test_a_sweep_is_not_made_in_a_run_nor_in_a_file(tmp_path):
 def test_a_run_that_is_evaluated_is_not_evaluated_again(tmp_path):
     """Nor trained: it has no model, so that either would fail."""
     run = tmp_path / "sweep" / "depth-28"
-    write_run(run, 28, 1850.0, **TINY)
+    write_run(run, 28, 1850.0, **TINY, image_shape=(16, 16, 1))
     np.savez(tmp_path / "é.npz", x_train=np.zeros((20, 32, 32, 3), "uint8"))
     (run / "evaluation-é.json").write_text(json.dumps({"dataset": "é.npz"}, indent=2))
     done = run_all(tmp_path, depths="28", evaluate="é.npz")

@@ -25,6 +25,7 @@ import pytest
 from conftest import TINY
 from keras import ops
 from matplotlib.image import imread
+from test_results import write_run
 
 from resnet_vae import Config, build_vae, checkpoints, load_data, load_run, plots, train
 from resnet_vae.blocks import ResidualBlock
@@ -32,7 +33,7 @@ from resnet_vae.config import UserError
 from resnet_vae.data import DataError, entropy_floor
 from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
-from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, sha256_of, write_json
+from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, read_sweep, sha256_of, write_json
 from resnet_vae.results import evaluate_run, write_table
 from resnet_vae.training import (
     COLUMNS,
@@ -315,6 +316,19 @@ def test_a_finished_run_is_not_trained_again_and_not_overwritten(finished_run):
     assert not is_finished(config.replace(outdir=str(finished_run.parent / "new")))
 
 
+def test_a_run_of_other_sizes_is_another_one(tmp_path):
+    """Without IMAGE_SHAPE images are as the data set has them: of one with a name this is known beforehand."""
+    small = Config(**TINY, image_shape=(8, 8, 1), outdir=str(tmp_path / "run"), cmdline=True)
+    told = r"IMAGE_SHAPE \[8, 8, 1\] there, \[16, 16, 1\] here"
+    small.folder.mkdir()
+    checkpoints.save(small.folder, {"identity": small.recipe()}, [])
+    with pytest.raises(RecordError, match=told):
+        checkpoints.check_recipe(small.replace(image_shape=None))
+    write_run(tmp_path / "sweep" / "run", 28, 1850.0, **TINY, image_shape=(8, 8, 1))
+    with pytest.raises(RecordError, match=told):
+        is_finished(small.replace(image_shape=None, outdir=str(tmp_path / "sweep" / "run")))
+
+
 def test_a_finished_run_whose_record_is_damaged_is_told(copied_run):
     """Before a sweep has trained all others, which would then have no table."""
     (copied_run / "metrics.json").write_text("")
@@ -335,7 +349,9 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path, monkeypatch)
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize("other", [{"dataset": "a.npz"}, {"image_shape": (8, 8, 1)}, {"validation": "test"}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"dataset": "a.npz"}, {"image_shape": (8, 8, 1)}, {"validation": "test"}, {"seed": 1}], ids=str
+)
 def test_data_of_another_configuration_are_refused(tmp_path, other):
     """The record would be of what was not trained on."""
     config = Config(**TINY, outdir=str(tmp_path / "run"))
@@ -497,7 +513,17 @@ def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, c
     """Going back once to a rate that works; the history tells. The test above is that of none at all."""
     monkeypatch.setattr("resnet_vae.training.ROLLBACK_FACTOR", 1e-33)
     settings = {**DIVERGING, "epochs": 1, "checkpoint_seconds": 1e6}  # no checkpoint of weights that are lost already
+    fit = VAE.fit
+
+    def slow(vae, *args, **kwargs):
+        monkeypatch.setattr(VAE, "fit", fit)  # of the first attempt alone
+        time.sleep(2)
+        return fit(vae, *args, **kwargs)
+
+    monkeypatch.setattr(VAE, "fit", slow)
     run = read_run(train(Config(**settings, rollbacks=1, outdir=str(tmp_path / "saved"))))
+    assert run.provenance["seconds"] > 2  # what was given up was trained for, too
+    assert run.provenance["sessions"] == 1
     assert capsys.readouterr().out.count("going back to the last checkpoint") == 1
     assert run.history[0]["rollbacks"] == 1
     assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
@@ -514,6 +540,20 @@ def test_divergence_that_goes_on_is_told_in_the_end(tmp_path, monkeypatch, capsy
         train(Config(**TINY, rollbacks=2, outdir=str(tmp_path / "run"), cmdline=True))
     assert capsys.readouterr().out.count("going back to the last checkpoint") == 2
     assert rates == pytest.approx([0.002, 0.001, 0.0005])
+
+
+def test_a_step_is_not_waited_for(tmp_path, monkeypatch):
+    """On a GPU the next one is given to it meanwhile; Keras would hand on numbers."""
+    end, losses = Training.on_train_batch_end, []
+
+    def noted(self, batch, logs=None):
+        losses.append(logs["loss"])
+        end(self, batch, logs)
+
+    monkeypatch.setattr(Training, "on_train_batch_end", noted)
+    train(Config(**{**TINY, "epochs": 1}, outdir=str(tmp_path / "run"), cmdline=True))
+    assert losses
+    assert all(map(ops.is_tensor, losses))
 
 
 def test_a_signal_in_a_step_that_diverges_is_not_lost(tmp_path, monkeypatch):
@@ -617,7 +657,8 @@ def test_the_plateau_halves_the_rate(tmp_path):
     """As going back has done before, down to a thousandth; the decay of each step comes on top."""
     settings = {**TINY, "schedule": "plateau", "learning_rate": 0.25, "decay": 1.0, "norm_batches": 0}
     config = Config(**settings, cmdline=True)
-    training = Training(config, load_data(config), tmp_path, rollbacks=1)
+    data = load_data(config)
+    training = Training(config, data, tmp_path, Training(config, data, tmp_path))
     for epochs, rate in ((25, 0.125), (26, 0.125 / 2), (301, 0.125 / 1000)):
         steps = int(training.vae.optimizer.iterations) + 1
         training.rows = [{**dict.fromkeys(COLUMNS, 1.0), "val_loss": 1.0} for _ in range(epochs)]
@@ -656,11 +697,12 @@ def test_going_back_keeps_the_figures_of_the_epoch_so_far(tmp_path, monkeypatch)
             raise DivergenceError("made up")
 
     monkeypatch.setattr(Training, "on_train_batch_end", diverging)
+    training = Training(config, data, tmp_path)
     with pytest.raises(DivergenceError):
-        Training(config, data, tmp_path).run()
+        training.run()
     _, arrays = checkpoints.load(tmp_path)
     for rollbacks in (1, 2):
-        Training(config, data, tmp_path, rollbacks)
+        training = Training(config, data, tmp_path, training)
         values, again = checkpoints.load(tmp_path)
         assert values["rollbacks"] == rollbacks
         for one, other in zip(again, arrays, strict=True):
@@ -973,10 +1015,10 @@ def test_history_is_one_row_an_epoch(finished_run):
 
 def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_run, tmp_path):
     """Or else runs of other seeds would be evaluated on other images."""
-    images = RNG.integers(0, 256, (30, 16, 16, 1), "uint8")
+    images = RNG.integers(0, 256, (5, 16, 16, 1), "uint8")  # too few to set some apart
     np.savez(tmp_path / "all.npz", images=images)
     result = evaluate_run(copied_run, str(tmp_path / "all.npz"))
-    assert result["images"] == 30
+    assert result["images"] == 5
     assert result["floor"] == pytest.approx(entropy_floor(images))
 
 
@@ -1096,5 +1138,5 @@ def test_an_altered_test_loss_is_told(finished_run, tmp_path):
     for name in ("loss", "reconstruction"):
         metrics["test"][name] -= 10
     (copy / "metrics.json").write_text(json.dumps(metrics))
-    write_table(copy.parent)
+    write_table(read_sweep(copy.parent), copy.parent)
     assert "metrics.json is not the file that was written" in "\n".join(verify(copy.parent))
