@@ -182,19 +182,21 @@ class ResidualBlock(layers.Layer):
         return (self.fast if bottleneck and known and precise and not gaps else self.plain)(x, training)
 
     def plain(self, x, training=None):
-        """The block as it is defined."""
-        y, pre = x, self.order == "pre"
+        """The block as it is defined; a bias is added by the normalisation after it, see `biased` there."""
+        y, pre, bias = x, self.order == "pre", None
         for number, (convolution, normalization) in enumerate(
             zip(self.convolutions, self.normalizations, strict=True), start=1
         ):
             if pre:
-                y = ops.relu(normalization(y, training=training))
+                y = ops.relu(normalization.biased(y, bias, training))
                 if number == 1 and self.shortcut is not None:
                     x = y
-                y = _convolve(convolution, y)
+                y, bias = _without_bias(convolution, y), convolution.bias
             else:
-                y = normalization(_convolve(convolution, y), training=training)
+                y = normalization.biased(_without_bias(convolution, y), convolution.bias, training)
                 y = ops.relu(y) if number < len(self.filters) else y
+        if bias is not None:
+            y = ops.add(y, ops.cast(bias, y.dtype))
         if self.learned_step:
             y = y * ops.cast(self.step, y.dtype)
         if self.shortcut_kind != "none":
@@ -211,12 +213,12 @@ class ResidualBlock(layers.Layer):
             x = every(x, self.strides)
         if self.shortcut is not None:
             x = _without_bias(self.shortcut, x)
-            if self.shortcut.use_bias:
+            if self.shortcut_bn is not None:
+                x = self.shortcut_bn.biased(x, self.shortcut.bias, training)
+            elif self.shortcut.use_bias:
                 # Its gradient is a sum, and not the operation of the last convolution's bias with the same input: of
                 # two of these TensorFlow computes one, in some processes the other, together with a kernel's gradient.
                 x = x + ops.reshape(ops.cast(self.shortcut.bias, x.dtype), (1, 1, 1, -1))
-        if self.shortcut_bn is not None:
-            x = self.shortcut_bn(x, training=training)
         if kind in ("pool", "pad") and upsamples:
             x = ops.repeat(ops.repeat(x, self.strides[0], axis=1), self.strides[1], axis=2)
         if kind == "pad":
@@ -296,12 +298,6 @@ class ResidualBlock(layers.Layer):
 def _floats(x, dtype):
     """x in the dtype if it is of whole numbers, which Keras leaves as they are."""
     return x if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)) else ops.cast(x, dtype)
-
-
-def _convolve(convolution, x):
-    """A convolution of x."""
-    x = _without_bias(convolution, x)
-    return ops.add(x, ops.cast(convolution.bias, x.dtype)) if convolution.use_bias else x
 
 
 def _without_bias(convolution, x):

@@ -9,7 +9,7 @@ import re
 import keras
 from keras import layers
 
-from resnet_vae.blocks import ORDERS, SHORTCUTS, conv_block
+from resnet_vae.blocks import ORDERS, SHORTCUTS, Repeated, ResidualBlock, conv_block
 from resnet_vae.config import IMAGENET, UserError, cifar_blocks
 from resnet_vae.devices import worth_compiling
 from resnet_vae.networks import ImageModel, identity_blocks, plain_convolutions
@@ -119,12 +119,15 @@ def take_weights(model, application):
     """Copy the weights of `keras.applications`' ResNet50, 101 or 152 into a classifier of the same name.
 
     Args:
-        model: from `build_classifier`, in order post; where its number of classes is another, its last layer stays.
+        model: from `build_classifier`, in order post, with projections; where its number of classes is another, its
+            last layer stays.
         application: the Keras model, with or without its top.
 
     Raises:
+        UserError: a block is of another order or has another shortcut; nothing is copied then.
         ValueError: a layer is missing, or weights have other shapes.
     """
+    _check_published(model)
 
     def copy(layer, name):
         layer.set_weights(application.get_layer(name).get_weights())
@@ -150,17 +153,33 @@ def take_weights(model, application):
         copy(last, "predictions")
 
 
+def _check_published(model):
+    """Refuse a classifier whose blocks are not those of `keras.applications`."""
+    for layer in model.layers:
+        block = layer.pattern() if isinstance(layer, Repeated) else layer
+        if not isinstance(block, ResidualBlock):
+            continue
+        given = {"order": block.order, "shortcut": block.shortcut_kind}
+        if given not in ({"order": "post", "shortcut": each} for each in ("identity", "projection")):
+            told = " and ".join(f"{name} {value!r}" for name, value in given.items())
+            raise UserError(
+                f"{model.name} has blocks with {told}; expected order 'post' and shortcut 'projection', as "
+                "keras.applications' weights are for"
+            )
+
+
 def load_imagenet(model):
     """Give a resnet50, 101 or 152 the weights that Keras offers, trained on ImageNet.
 
     They expect images as `keras.applications.resnet.preprocess_input` makes them: blue first, means subtracted.
 
     Raises:
-        UserError: another classifier, or the weights cannot be downloaded.
+        UserError: another classifier, one of other blocks, or the weights cannot be downloaded.
     """
     name = model.name.replace("resnet", "ResNet")
     if name not in ("ResNet50", "ResNet101", "ResNet152"):
         raise UserError(f"there are no ImageNet weights for {model.name}; expected resnet50, resnet101 or resnet152")
+    _check_published(model)
     try:
         application = getattr(keras.applications, name)(weights="imagenet")
     except Exception as error:

@@ -73,7 +73,13 @@ def scan(function, x, stacks, outputs=(), remat=False):
         step = jax.checkpoint(step, policy=None if remat else _is_kept, prevent_cse=False)  # a loop needs no such care
     elif remat:
         step = keras.remat(step)
-    return ops.scan(step, x, stacks)
+    if jax_computes:
+        return ops.scan(step, x, stacks)
+    written = []  # on PyTorch without indices, whose gradients are of the size of the stack, one for each layer
+    for weights in zip(*map(ops.unstack, stacks), strict=True):
+        x, y = step(x, list(weights))
+        written.append(y)
+    return x, [ops.stack(each) for each in zip(*written, strict=True)]
 
 
 def _is_kept(primitive, *_, **__):

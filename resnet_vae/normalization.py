@@ -197,8 +197,9 @@ def _moments_tensorflow(x, covariance):
             if covariance:
                 of_second = (of_second + tf.transpose(of_second)) / count
                 return pointwise(x, of_second, of_mean / count - tf.linalg.matvec(of_second, mean))
-            of_second = 2.0 * of_second / count
-            return ops.add(x * tf.cast(of_second, x.dtype), tf.cast(of_mean / count - of_second * mean, x.dtype))
+            # in bfloat16 a difference of two rounded numbers would be off by the same at each position, which adds up
+            centred = tf.cast(tf.nn.bias_add(_precise(x), -mean), x.dtype)
+            return ops.add(centred * tf.cast(2.0 * of_second / count, x.dtype), tf.cast(of_mean / count, x.dtype))
 
         return (mean, second), backward
 

@@ -9,7 +9,7 @@ import pytest
 from resnet_vae import blocks, initialization
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.loop import traced_once
-from resnet_vae.normalization import BatchNormalization
+from resnet_vae.normalization import BatchNormalization, _moments
 
 RNG = np.random.default_rng(0)
 EPSILON = 0.1
@@ -441,6 +441,46 @@ def test_block_in_bfloat16_is_close(kind):
     expected = reference(block, x.astype("float64"), True)
     output = keras.ops.convert_to_numpy(keras.ops.cast(block(x, training=True), "float32"))
     assert np.abs(output - expected).mean() < 0.02 * np.abs(expected).mean()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="gradients as TensorFlow has them")
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["conv", "transposed", "pool", "transposed, pool", "basic", "pre"])
+def test_a_bias_before_a_normalisation_stays(kind, dtype):
+    """Its gradient is exactly zero, or else Adam makes steps of rounding errors."""
+    import tensorflow as tf
+
+    block = make_block(kind, dtype)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(
+            tf.square(block(tf.constant(RNG.standard_normal((4, 6, 8, 6)), "float32"), training=True))
+        )
+    biases = [layer.bias for layer in block.convolutions]
+    if block.order == "post":
+        biases.append(block.shortcut.bias)
+    else:
+        biases.pop()  # after the last there is none
+    for gradient in tape.gradient(total, [bias.value for bias in biases]):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own gradient")
+def test_gradient_of_moments_in_bfloat16():
+    """It has no part that is the same at all positions, where what is left of rounding would add up."""
+    import tensorflow as tf
+
+    x, weights = tf.constant(RNG.standard_normal((16, 16, 16, 8)) + 3, "bfloat16"), RNG.standard_normal(8)
+    results = []
+    for dtype in ("float64", "bfloat16"):
+        images = tf.cast(x, dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            _, variance = _moments(images, covariance=False)
+            total = tf.reduce_sum(variance * tf.constant(weights, variance.dtype))
+        results.append(tf.cast(tape.gradient(total, images), "float64").numpy())
+    exact, rounded = results
+    assert np.abs(rounded.mean((0, 1, 2))).max() < 2e-3 * np.sqrt(np.square(exact).mean())
+    assert np.square(rounded - exact).mean() < 0.01**2 * np.square(exact).mean()
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="float64 gradients as TensorFlow has them")

@@ -119,6 +119,26 @@ def test_imagenet_weights_are_those_that_keras_offers(monkeypatch):
     np.testing.assert_array_equal(ours.layers[-1].get_weights()[0], before[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"shortcut": "none"}, "order 'post' and shortcut 'none'"),
+        ({"shortcut": "pool"}, "order 'post' and shortcut 'pool'"),
+        ({"order": "pre"}, "order 'pre' and shortcut 'projection'"),
+    ],
+    ids=str,
+)
+def test_imagenet_weights_are_for_their_own_network_alone(monkeypatch, options, told):
+    """Before they are downloaded; nothing is copied."""
+    monkeypatch.setattr(keras.applications, "ResNet50", lambda weights: pytest.fail("downloaded"))
+    model = build_classifier("resnet50", (32, 32, 3), 5, width=1 / 16, **options)
+    before = model.get_weights()
+    with pytest.raises(UserError, match=f"resnet50 has blocks with {told}; expected order 'post' and shortcut 'proj"):
+        load_imagenet(model)
+    for weight, value in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
 def test_imagenet_weights_that_cannot_be_had(monkeypatch):
     def fail(weights):
         raise OSError("no network")

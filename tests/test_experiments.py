@@ -22,6 +22,7 @@ from resnet_vae.experiments.networks import (
     inputs,
     load_labelled,
     models,
+    some,
 )
 from resnet_vae.experiments.settings import NETWORKS, Degradation, Euler, Trained
 from resnet_vae.records import sha256_of
@@ -172,6 +173,15 @@ def test_kinds_are_what_they_are_called_and_differ_in_nothing_else(network):
         for scale in scales:
             start = 0 if kind == "zero-init" and scale.path.removesuffix("/gamma") in zeros else 1
             assert np.all(keras.ops.convert_to_numpy(scale) == start)
+
+
+def test_images_are_chosen_at_random():
+    """The first ones may all be of one class, whose moments training never sees."""
+    labels = np.repeat(np.arange(4), 25)
+    images = labels[:, None, None, None].astype("uint8")
+    images_chosen, labels_chosen = some(Data("made up", images, images, images, "", (labels,) * 3), 12, 0)
+    assert len(set(labels_chosen)) == 4
+    np.testing.assert_array_equal(images_chosen[:, 0, 0, 0], labels_chosen)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.experiments.chain import random_chain
-from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled
+from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled, some
 from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
 
@@ -94,7 +94,7 @@ def measure(settings):
                 norms = [of_chain(depth, CHAIN_WIDTH, factor, residual, seed) for seed in seeds]
                 add(f"chain, weights × {factor}", "residual" if residual else "plain", depth, norms)
     data = load_labelled(settings)
-    batch = data.train[: settings.batch_size], data.labels[0][: settings.batch_size]
+    batch = some(data, settings.batch_size, settings.seed)
     for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
         for kind in ("plain", "residual"):
             for depth in depths:

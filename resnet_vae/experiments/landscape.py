@@ -22,6 +22,7 @@ from resnet_vae.experiments.networks import (
     compile_network,
     inputs,
     load_labelled,
+    some,
 )
 from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
@@ -158,7 +159,7 @@ def train(settings, network, kind, data):
     images, labels = data.train, data.labels[0]
     options = {"batch_size": settings.batch_size, "epochs": settings.epochs, "verbose": 0}
     model.fit(*batches(settings, network, images, labels), callbacks=[remember], **options)
-    few = inputs(network, images[: settings.images], labels[: settings.images])
+    few = inputs(network, *some(data, settings.images, settings.seed))
     return model, training_loss(model, *few), positions
 
 

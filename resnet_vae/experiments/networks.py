@@ -1,6 +1,7 @@
 """The small classifiers and VAEs that the experiments compare: equal layers, whose blocks are of one of KINDS."""
 
 import keras
+import numpy as np
 
 from resnet_vae.classifiers import build_classifier
 from resnet_vae.config import Config
@@ -38,6 +39,12 @@ def build_network(settings, network, kind, depth, data, seed=0, **options):
         options["gain"] = 0.0 if options.pop("initialization", None) == "identity" else 1.0
         return build_classifier(f"resnet{depth}", data.image_shape, len(data.classes), **options)
     return build_vae(Config(resnet_depth=depth, seed=seed, beta=settings.beta, **SMALL_VAE | options), data.image_shape)
+
+
+def some(data, count, seed):
+    """So many training images and their labels, at random: the first ones may all be of one class."""
+    chosen = np.random.default_rng(seed).permutation(len(data.train))[:count]
+    return data.train[chosen], data.labels[0][chosen]
 
 
 def adam(settings, rate=None):
