@@ -15,6 +15,7 @@ from keras import layers, ops
 
 from resnet_vae.config import PACKAGE
 from resnet_vae.convolution import (
+    averaged,
     convolve,
     convolve_transposed,
     convolve_upsampled,
@@ -23,6 +24,7 @@ from resnet_vae.convolution import (
     insert_zeros,
     matrix,
     pointwise,
+    repeated,
 )
 from resnet_vae.initialization import another, compiled_once
 from resnet_vae.loop import scan, traced_once
@@ -205,12 +207,9 @@ class ResidualBlock(layers.Layer):
 
     def _skip(self, x, training):
         """What the shortcut makes of x."""
-        kind, upsamples = self.shortcut_kind, self.transpose and self.strides != (1, 1)
-        downsamples = not self.transpose and self.strides != (1, 1)
-        if kind == "pool" and downsamples:
-            x = ops.average_pool(x, self.strides, self.strides, padding="same")
-        if kind == "pad" and downsamples:
-            x = every(x, self.strides)
+        kind = self.shortcut_kind
+        if kind in ("pool", "pad") and not self.transpose:
+            x = (averaged if kind == "pool" else every)(x, self.strides)
         if self.shortcut is not None:
             x = _without_bias(self.shortcut, x)
             if self.shortcut_bn is not None:
@@ -219,8 +218,8 @@ class ResidualBlock(layers.Layer):
                 # Its gradient is a sum, and not the operation of the last convolution's bias with the same input: of
                 # two of these TensorFlow computes one, in some processes the other, together with a kernel's gradient.
                 x = x + ops.reshape(ops.cast(self.shortcut.bias, x.dtype), (1, 1, 1, -1))
-        if kind in ("pool", "pad") and upsamples:
-            x = ops.repeat(ops.repeat(x, self.strides[0], axis=1), self.strides[1], axis=2)
+        if kind in ("pool", "pad") and self.transpose:
+            x = repeated(x, self.strides)
         if kind == "pad":
             missing = self.filters[-1] - x.shape[-1]
             x = ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing > 0 else x[..., : self.filters[-1]]
@@ -231,10 +230,9 @@ class ResidualBlock(layers.Layer):
 
         The widest tensors are the outputs of the last 1×1 and of the shortcut: where a normalisation follows a 1×1 of
         a narrow input, it is folded into the kernel. A strided 1×1 is computed only at the positions that it reads, a
-        transposed one only where its output depends on the input; see `resnet_vae.normalization`. Other shortcuts than
-        projections are as they are defined.
+        transposed one only where its output depends on the input; see `resnet_vae.normalization`.
         """
-        upsamples, projects = self.transpose and self.strides != (1, 1), self.shortcut_kind == "projection"
+        upsamples, pools = self.transpose and self.strides != (1, 1), self.shortcut_kind == "pool"
         if upsamples:
             y = self._upsampled(x, training)
         else:
@@ -244,10 +242,14 @@ class ResidualBlock(layers.Layer):
             y = _without_bias(self.convolutions[1], ops.relu(y))
         y = ops.relu(self.normalizations[1].biased(y, self.convolutions[1].bias, training))
         shifts = []
-        if upsamples and projects:
+        if pools:
+            x = x if upsamples else averaged(x, self.strides)
+            x, shifts = _normalized(self.shortcut, self.shortcut_bn, x, training)
+            x = repeated(x, self.strides) if upsamples else x
+        elif upsamples and self.shortcut_kind == "projection":
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
             x, shifts = insert_zeros(x, self.strides), [constant]
-        elif projects:
+        elif self.shortcut_kind == "projection":
             x, shifts = _normalized(self.shortcut, self.shortcut_bn, read, training)
         elif self.shortcut_kind != "none":
             x = self._skip(x, training)

@@ -125,6 +125,18 @@ def every(x, strides):
     return ops.reshape(_part(x, (0, 0, 0, 0), (height, 1, width, channels)), (-1, height, width, channels))
 
 
+def averaged(x, strides):
+    """Averages over the strides: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
+    return x if tuple(strides) == (1, 1) else ops.average_pool(x, strides, strides, padding="same")
+
+
+def repeated(x, strides):
+    """Each position repeated: (batch, height, width, c) → (batch, height rows, width columns, c)."""
+    for axis, stride in enumerate(strides, start=1):
+        x = ops.repeat(x, stride, axis=axis) if stride > 1 else x
+    return x
+
+
 def _part(x, first, shape):
     """The part of x (batch, …) of a shape from the indices `first`, in all axes but the batch."""
     if keras.backend.backend() == "tensorflow":  # the gradient of indexing takes ten times as long
