@@ -232,7 +232,7 @@ class ResidualBlock(layers.Layer):
         a narrow input, it is folded into the kernel. A strided 1×1 is computed only at the positions that it reads, a
         transposed one only where its output depends on the input; see `resnet_vae.normalization`.
         """
-        upsamples, pools = self.transpose and self.strides != (1, 1), self.shortcut_kind == "pool"
+        upsamples, kind = self.transpose and self.strides != (1, 1), self.shortcut_kind
         if upsamples:
             y = self._upsampled(x, training)
         else:
@@ -242,16 +242,15 @@ class ResidualBlock(layers.Layer):
             y = _without_bias(self.convolutions[1], ops.relu(y))
         y = ops.relu(self.normalizations[1].biased(y, self.convolutions[1].bias, training))
         shifts = []
-        if pools:
-            x = x if upsamples else averaged(x, self.strides)
-            x, shifts = _normalized(self.shortcut, self.shortcut_bn, x, training)
-            x = repeated(x, self.strides) if upsamples else x
-        elif upsamples and self.shortcut_kind == "projection":
+        if upsamples and kind == "projection":
             x, constant = sparse(self.shortcut, self.shortcut_bn, x, training)
             x, shifts = insert_zeros(x, self.strides), [constant]
-        elif self.shortcut_kind == "projection":
-            x, shifts = _normalized(self.shortcut, self.shortcut_bn, read, training)
-        elif self.shortcut_kind != "none":
+        elif kind in ("projection", "pool"):
+            if not upsamples:
+                x = read if kind == "projection" else averaged(x, self.strides)
+            x, shifts = _normalized(self.shortcut, self.shortcut_bn, x, training)
+            x = repeated(x, self.strides) if upsamples else x
+        elif kind != "none":
             x = self._skip(x, training)
         last = self.convolutions[2], self.normalizations[2], y, training
         if self.learned_step:
@@ -259,7 +258,7 @@ class ResidualBlock(layers.Layer):
             y, shifts = y * ops.cast(self.step, y.dtype), [*shifts, *(shift * self.step for shift in more)]
         else:
             y, shifts = _normalized(*last, shifts)
-        y = y if self.shortcut_kind == "none" else y + x
+        y = y if kind == "none" else y + x
         return ops.relu(ops.add(y, ops.cast(sum(shifts), y.dtype)) if shifts else y)
 
     def _upsampled(self, x, training):
