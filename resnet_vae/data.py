@@ -196,7 +196,7 @@ def check_data_of(config, data):
         DataError: another name, image shape, or choice of validation or test images.
     """
     given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout", data.seed)
-    shape = config.image_shape or data.image_shape
+    shape = config.recipe()["image_shape"] or data.image_shape
     asked = (
         Path(config.dataset).name,
         tuple(shape),

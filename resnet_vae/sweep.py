@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from resnet_vae import checkpoints
-from resnet_vae.config import Config, ConfigError, UserError, did_you_mean
+from resnet_vae.config import DATASETS, Config, ConfigError, UserError, did_you_mean
 from resnet_vae.data import check_dataset
 from resnet_vae.records import RecordError, check_sweep, is_finished, read_config
 
@@ -60,8 +60,10 @@ def runs_of(folder, environ=None):
 
 def _key(config):
     """A text that is equal for configurations of the same run, as given and as recorded."""
-    shape = config.recipe()["image_shape"] if config.origins["image_shape"] != "default" else None
-    return str({**config.recipe(), "image_shape": shape})
+    recipe = config.recipe()
+    if config.dataset not in DATASETS and config.origins["image_shape"] == "default":
+        recipe["image_shape"] = None  # as a record has it, it is the data's
+    return str(recipe)
 
 
 def _recorded(folder):

@@ -33,16 +33,16 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
 
     def preprocess(self, nb, resources=None, km=None):
         resources["metadata"]["path"] = os.getcwd()
+        path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
+        finished = path.with_name("metrics.json").exists()  # a run, which may refuse this one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
         try:
             return super().preprocess(nb, resources, km)
         except BaseException as error:
-            path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
             kept = f"as far as it came is {path}"
-            refused = self.exit_code is not None and path.with_name("metrics.json").exists()  # by a finished run
             try:
-                if not refused:
+                if not (finished and self.exit_code):
                     nbformat.write(self.nb, path)
             except OSError as problem:  # as on a full disk
                 kept = f"cannot be written to {path}: {problem.strerror}"

@@ -235,11 +235,12 @@ def test_a_run_by_another_spelling_is_not_another_run(tmp_path):
     )
     config = tmp_path / "learning_rate-0.01" / "config.json"
     record = json.loads(config.read_text())
-    record["origins"]["image_shape"] = "default"
-    config.write_text(json.dumps(record))
     given = {"SWEEP": "LEARNING_RATE", "DATASET": "digits", "RESNET_DEPTH": "28"}
-    with pytest.raises(ConfigError, match=r"learning_rate-0\.01 and learning_rate-1e-2 are the same run"):
-        runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})
+    for origin in ("given", "default"):
+        record["origins"]["image_shape"] = origin
+        config.write_text(json.dumps(record))
+        with pytest.raises(ConfigError, match=r"learning_rate-0\.01 and learning_rate-1e-2 are the same run"):
+            runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})
     assert list(runs_of(tmp_path, {**given, "LEARNING_RATE": "2e-2"})) == ["learning_rate-2e-2"]
     config.write_text("{")
     assert list(runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})) == ["learning_rate-1e-2"]

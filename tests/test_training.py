@@ -357,6 +357,8 @@ def test_data_of_another_configuration_are_refused(tmp_path, other):
     config = Config(**TINY, outdir=str(tmp_path / "run"))
     with pytest.raises(DataError, match="these data are not the configuration's"):
         train(config.replace(**other), load_data(config))
+    with pytest.raises(DataError, match="these data are not the configuration's"):
+        train(config, load_data(config.replace(image_shape=(8, 8, 1))))
     assert not (tmp_path / "run").exists()
 
 
