@@ -920,10 +920,11 @@ def test_other_blocks_in_the_vae(images, tmp_path):
     "words", [{"shortcut": "none"}, {"order": "pre"}, {"shortcut": "pad", "block": "basic"}], ids=str
 )
 def test_how_other_blocks_begin(images, words):
-    """A plain network and the others begin near the loss of a grey picture, too, normalised as in training."""
+    """A plain network and the others begin near the loss of a grey picture, too."""
     vae = build_vae(Config(**TINY, resnet_depth=40, **words, kl_warmup_steps=0))
     vae.compile(run_eagerly=True)
-    vae.calibrate(images, batch_size=48)
+    if "order" in words:  # where one normalisation, at the end, keeps a sum of blocks in bounds
+        vae.calibrate(images, batch_size=48)
     figures = vae.evaluate(images, batch_size=48, verbose=0, return_dict=True)
     assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.5)
     assert np.isfinite(figures["kl"])
