@@ -1,4 +1,3 @@
-import csv
 import gc
 import io
 import json
@@ -95,6 +94,34 @@ def test_what_is_fed_to_tensorflow_is_the_batches_and_does_not_tune_itself():
         assert dataset.options().autotune.enabled is False  # the tuner's naps are waited for when `fit` ends
 
 
+def test_an_epoch_is_of_the_training_images_and_tested_on_the_others(tmp_path, monkeypatch):
+    """In an order, and with changes, of its seed and number; and the weights begin as the seed has them."""
+    made = []
+
+    class Noted(Batches):
+        def __init__(self, images, *arguments):
+            super().__init__(images, *arguments)
+            made.append((images, *arguments))
+
+    monkeypatch.setattr("resnet_vae.training.Batches", Noted)
+    config = Config(**{**TINY, "epochs": 2, "batch_size": 512}, seed=3, augment="flip", norm_batches=0, cmdline=True)
+    data = load_data(config)
+    training = Training(config, data, tmp_path / "none")
+    other = Training(config.replace(seed=4), data, tmp_path / "none")
+    assert not np.array_equal(*(each.vae.encoder.get_layer("mean").get_weights()[0] for each in (training, other)))
+    made.clear()
+    training.folder = tmp_path
+    training.run()
+    parts = [
+        (data.train, 512, 3, 0, 0, ("flip",)),
+        (data.validation, 512),
+        (data.train, 512, 3, 1, 0, ("flip",)),
+        (data.validation, 512),
+    ]
+    assert [arguments for _, *arguments in made] == [arguments for _, *arguments in parts]
+    assert all(images is expected for (images, *_), (expected, *_) in zip(made, parts, strict=True))
+
+
 def test_adamw_with_decay_is_the_formula():
     """Five steps against float64 NumPy: AdamW's update at a rate divided by 1 + decay × steps, of limited gradients."""
     rate, decay, wd, b1, b2, eps, longest = 0.1, 0.5, 0.01, 0.9, 0.999, 1e-7, 100.0
@@ -189,24 +216,21 @@ def test_adamw_in_several_replicas_is_kerass_own():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("schedule", "rates"), [("cosine", (0, 1, 0.5, 0)), ("constant", (1, 1, 1, 1))])
-def test_schedules(tiny_vae, schedule, rates):
-    config = Config(**{**TINY, "warmup_steps": 10, "epochs": 21, "learning_rate": 0.3, "schedule": schedule})
-    vae = build_vae(config)
-    compile_vae(vae, config, steps_per_epoch=10)
-    for step, rate in zip((0, 10, 110, 210), rates, strict=True):
-        vae.optimizer.iterations.assign(step)
-        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(0.3 * rate, abs=1e-6)
-
-
-def test_warm_ups_end_in_short_trainings():
-    config = Config(**{**TINY, "warmup_steps": 100, "kl_warmup_steps": 500, "epochs": 2, "learning_rate": 0.3})
-    vae = build_vae(config)
-    compile_vae(vae, config, steps_per_epoch=4)
-    assert vae.kl_warmup_steps == 4
-    for step, rate in ((2, 0.15), (4, 0.3), (8, 0.0)):
-        vae.optimizer.iterations.assign(step)
-        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
+def test_schedules():
+    """Rates after some steps: half of a short training is the longest warm-up."""
+    vae = build_vae(Config(**TINY))
+    for settings, per_epoch, steps, rates in (
+        ({"epochs": 21, "warmup_steps": 10}, 10, (0, 10, 110, 210), (0, 1, 0.5, 0)),
+        ({"epochs": 21, "warmup_steps": 10, "schedule": "constant"}, 10, (0, 10, 110, 210), (1, 1, 1, 1)),
+        ({"epochs": 2, "warmup_steps": 100}, 4, (2, 4, 8), (0.5, 1, 0)),
+        ({"epochs": 2, "warmup_steps": 0}, 4, (0, 4, 8), (1, 0.5, 0)),
+    ):
+        config = Config(**{**TINY, "kl_warmup_steps": 500, "learning_rate": 0.3, **settings})
+        compile_vae(vae, config, per_epoch)
+        assert vae.kl_warmup_steps == min(500, config.epochs * per_epoch // 2)
+        for step, rate in zip(steps, rates, strict=True):
+            vae.optimizer.iterations.assign(step)
+            assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(0.3 * rate, abs=1e-6)
 
 
 @pytest.fixture
@@ -222,6 +246,8 @@ def test_a_finished_run_is_recorded_whole(finished_run):
     assert names == {"config.json", "history.csv", "metrics.json", PROVENANCE, "model.keras"}
     run = read_run(finished_run)
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
+    losses = {*FIGURES, *(f"val_{name}" for name in FIGURES)}
+    assert set(run.history[0]) == losses | {"epoch", "learning_rate", "seconds", "rollbacks"}
     best = min(run.history, key=lambda row: row["val_loss"])
     assert run.metrics["best_epoch"] == best["epoch"]
     for name in FIGURES:
@@ -324,6 +350,11 @@ def test_a_run_of_other_sizes_is_another_one(tmp_path):
     checkpoints.save(small.folder, {"identity": small.recipe()}, [])
     with pytest.raises(RecordError, match=told):
         checkpoints.check_recipe(small.replace(image_shape=None))
+    own = small.replace(dataset="own.npz", image_shape=None)  # whose size is known when it is read
+    checkpoints.save(small.folder, {"identity": {**own.recipe(), "image_shape": [8, 8, 1]}}, [])
+    checkpoints.check_recipe(own)
+    with pytest.raises(RecordError, match=told):
+        checkpoints.check_recipe(own.replace(image_shape=(16, 16, 1)))
     write_run(tmp_path / "sweep" / "run", 28, 1850.0, **TINY, image_shape=(8, 8, 1))
     with pytest.raises(RecordError, match=told):
         is_finished(small.replace(image_shape=None, outdir=str(tmp_path / "sweep" / "run")))
@@ -669,22 +700,22 @@ def test_the_plateau_halves_the_rate(tmp_path):
         assert training.rows[-1]["learning_rate"] == pytest.approx(rate / (1 + steps))
 
 
-def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch):
-    """Of the second epoch, since the losses are said to be 3, 1 and 2."""
-    config = Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)
-    losses, kernels = [3.0, 1.0, 2.0, 4.0], []
+@pytest.mark.parametrize(("losses", "best"), [((3.0, 1.0, 2.0), 2), ((1.0, 1.0, 2.0), 1)])
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss(tmp_path, monkeypatch, losses, best):
+    """Of the first epoch of equals, and its are the training figures; the test is of these weights."""
+    config, kernels = Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True), []
 
     def evaluated(vae, *_):
         kernels.append(vae.encoder.get_layer("mean").get_weights()[0])
-        return dict.fromkeys(FIGURES, losses[len(kernels) - 1])
+        return dict.fromkeys(FIGURES, (*losses, 4.0)[len(kernels) - 1])
 
     monkeypatch.setattr("resnet_vae.training.evaluate", evaluated)
     run, vae = load_run(train(config))
-    assert len(kernels) == 4  # the last is the test, of the weights kept
     kept = vae.encoder.get_layer("mean").get_weights()[0]
-    assert [np.array_equal(kept, kernel) for kernel in kernels] == [False, True, False, True]
-    assert run.metrics["best_epoch"] == 2
+    assert [np.array_equal(kept, kernel) for kernel in kernels] == [epoch in (best, 4) for epoch in (1, 2, 3, 4)]
+    assert run.metrics["best_epoch"] == best
     assert (run.metrics["validation"]["loss"], run.metrics["test"]["loss"]) == (1, 4)
+    assert run.metrics["train"]["loss"] == pytest.approx(run.history[best - 1]["loss"], rel=1e-5)
 
 
 def test_going_back_keeps_the_figures_of_the_epoch_so_far(tmp_path, monkeypatch):
@@ -883,12 +914,15 @@ def test_commands_on_a_folder_that_is_no_run(tmp_path, command):
 )
 def test_commands_draw_pictures(copied_run, tmp_path, command, picture, capsys):
     """Where they are told to, or into the run; by default the same."""
-    assert run_command(command, copied_run, "-o", tmp_path / "picture.png") == 0
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert run_command(command, copied_run) == 0
-    drawn = copied_run / f"{picture}.png"
-    assert capsys.readouterr().out.split() == [str(tmp_path / "picture.png"), str(drawn)]
-    assert drawn.read_bytes() == (tmp_path / "picture.png").read_bytes()
+    drawn = [tmp_path / "picture.pdf", tmp_path / "picture.png", copied_run / f"{picture}.png"]
+    for path in drawn:
+        told = [] if path.parent == copied_run else ["-o", path]
+        assert run_command(command, copied_run, *told) == 0
+    assert capsys.readouterr().out.split() == [str(path) for path in drawn]
+    pdf, png, default = (path.read_bytes() for path in drawn)
+    assert pdf.startswith(b"%PDF")
+    assert png.startswith(b"\x89PNG")
+    assert default == png
 
 
 def test_runs_that_differ_are_told_and_so_is_ctrl_c(finished_run, copied_run, capsys, monkeypatch):
@@ -1001,20 +1035,6 @@ def test_pictures_compile_encoder_and_decoder_once(copied_run, images, monkeypat
     assert sorted(traced) == ["decoder", "encoder"]
 
 
-def test_history_is_one_row_an_epoch(finished_run):
-    with open(finished_run / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3
-    assert set(rows[0]) == {
-        *FIGURES,
-        *(f"val_{name}" for name in FIGURES),
-        "epoch",
-        "learning_rate",
-        "seconds",
-        "rollbacks",
-    }
-
-
 def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_run, tmp_path):
     """Or else runs of other seeds would be evaluated on other images."""
     images = RNG.integers(0, 256, (5, 16, 16, 1), "uint8")  # too few to set some apart
@@ -1024,32 +1044,23 @@ def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_ru
     assert result["floor"] == pytest.approx(entropy_floor(images))
 
 
+def test_a_run_is_not_evaluated_on_images_that_it_was_trained_on(copied_run, tmp_path):
+    """Of its own set, without test images, it has a tenth: as in training."""
+    own = tmp_path / "own.npz"
+    np.savez(own, images=RNG.integers(0, 256, (40, 16, 16, 1), "uint8"))
+    fingerprint = load_data(Config(dataset=str(own))).fingerprint
+    provenance = json.loads((copied_run / PROVENANCE).read_text())
+    provenance["data"]["fingerprint"] = fingerprint
+    (copied_run / PROVENANCE).write_text(json.dumps(provenance))
+    assert evaluate_run(copied_run, str(own))["images"] == 4
+
+
 def test_a_new_process_evaluates_to_the_recorded_figures(tmp_path):
     """In bfloat16 TensorFlow would round elsewhere after rewriting its graphs, which training does without."""
     folder = train(Config(**{**TINY, "epochs": 1, "precision": "mixed_bfloat16"}, outdir=str(tmp_path / "run")))
     subprocess.run([sys.executable, "-m", "resnet_vae", "evaluate", folder, "digits"], check=True, capture_output=True)
     result = json.loads((folder / "evaluation-digits.json").read_text())
     assert {name: result[name] for name in FIGURES} == load_run(folder)[0].metrics["test"]
-
-
-def evaluations(monkeypatch, losses):
-    """Have the validations of a training, and then its test, give these losses; returns the kernels that they saw."""
-    kernels = []
-
-    def evaluated(vae, *_):
-        kernels.append(vae.encoder.get_layer("mean").get_weights()[0])
-        return dict.fromkeys(FIGURES, losses[len(kernels) - 1])
-
-    monkeypatch.setattr("resnet_vae.training.evaluate", evaluated)
-    return kernels
-
-
-def test_the_best_epoch_is_the_first_of_equals_and_training_figures_are_its(tmp_path, monkeypatch):
-    kernels = evaluations(monkeypatch, [1.0, 1.0, 2.0, 4.0])
-    run = read_run(train(Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True)))
-    assert run.metrics["best_epoch"] == 1
-    np.testing.assert_array_equal(kernels[3], kernels[0])
-    assert run.metrics["train"]["loss"] == pytest.approx(run.history[0]["loss"], rel=1e-5)
 
 
 def test_the_checkpoint_goes_when_the_run_is_finished_and_not_before(tmp_path, monkeypatch):
@@ -1115,15 +1126,6 @@ def test_the_plateau_is_of_the_validation_loss(tmp_path):
     training.step = training.steps - 1
     training._run_epoch()
     assert training.rows[-1]["learning_rate"] == pytest.approx(0.125)
-
-
-def test_a_schedule_without_warm_up_begins_at_its_rate():
-    config = Config(**{**TINY, "warmup_steps": 0, "epochs": 2, "learning_rate": 0.3})
-    vae = build_vae(config)
-    compile_vae(vae, config, steps_per_epoch=4)
-    for step, rate in ((0, 0.3), (4, 0.15), (8, 0.0)):
-        vae.optimizer.iterations.assign(step)
-        assert float(ops.convert_to_numpy(vae.optimizer.learning_rate)) == pytest.approx(rate, abs=1e-6)
 
 
 def test_a_column_that_one_run_lacks_is_a_difference(finished_run, tmp_path):
