@@ -15,7 +15,7 @@ def _tell_what_is_missing(error):
 
 
 try:
-    from resnet_vae.config import Config, UserError, did_you_mean
+    from resnet_vae.config import Config, UserError, backend_problem, did_you_mean
     from resnet_vae.experiments.settings import NOTEBOOKS, settings_of
 except ModuleNotFoundError as error:
     sys.exit(_tell_what_is_missing(error))
@@ -248,6 +248,9 @@ def main():
     try:
         if rest:
             _refuse(rest[0], arguments)
+        if arguments.command in (*DRAWN, "evaluate", "verify"):  # which read no settings
+            for line in backend_problem(os.environ.get("KERAS_BACKEND", "")):
+                raise UserError(line)
         code = COMMANDS[arguments.command](arguments) or 0
         sys.stdout.flush()
         return code

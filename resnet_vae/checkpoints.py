@@ -77,7 +77,7 @@ def exists(folder):
 
 
 def load(folder):
-    """Read the newest checkpoint that is whole; of one that is not, a line on stderr tells.
+    """Read the newest checkpoint that is whole; one that is not is reported on stderr and passed over.
 
     Returns:
         (values, arrays), or None where there never was a checkpoint.

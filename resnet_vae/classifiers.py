@@ -11,7 +11,6 @@ from keras import layers
 
 from resnet_vae.blocks import ORDERS, SHORTCUTS, Repeated, ResidualBlock, conv_block
 from resnet_vae.config import IMAGENET, UserError, cifar_blocks
-from resnet_vae.devices import worth_compiling
 from resnet_vae.networks import ImageModel, identity_blocks, plain_convolutions
 from resnet_vae.normalization import BatchNormalization
 
@@ -110,9 +109,7 @@ def build_classifier(
         x = layers.ReLU(name="last_relu")(x)
     x = layers.GlobalAveragePooling2D(name="average")(x)
     probabilities = layers.Dense(classes, activation=activation, dtype="float32", name="classes")(x)
-    model = ImageModel(images, probabilities, name=f"resnet{depth}")
-    model.supports_jit = model.supports_jit and worth_compiling()
-    return model
+    return ImageModel(images, probabilities, name=f"resnet{depth}")
 
 
 def take_weights(model, application):
@@ -180,6 +177,12 @@ def load_imagenet(model):
     if name not in ("ResNet50", "ResNet101", "ResNet152"):
         raise UserError(f"there are no ImageNet weights for {model.name}; expected resnet50, resnet101 or resnet152")
     _check_published(model)
+    stem = [tuple(layer.kernel.shape) for layer in model.layers if layer.name == "stem"]
+    if stem != [(7, 7, 3, 64)]:
+        raise UserError(
+            f"{model.name} does not begin as keras.applications' does; expected images of 3 channels, width 1 and no "
+            "stem of one's own"
+        )
     try:
         application = getattr(keras.applications, name)(weights="imagenet")
     except Exception as error:

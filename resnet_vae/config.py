@@ -191,7 +191,7 @@ def _meant(name, known):
     return alike[0] if alike else next(same_letters, None)
 
 
-def _backend_problem(backend):
+def backend_problem(backend):
     """What is wrong with KERAS_BACKEND, as a list of a line or none; Keras tells it in a stack trace."""
     if backend and backend not in BACKENDS:
         return [f"KERAS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}"]
@@ -240,7 +240,7 @@ class Settings(BaseModel):
             meant = _meant(name, known) if environ[name].strip() else None
             if meant:
                 problems.append(f"{name} is no setting; did you mean {meant}? If not, unset {name}")
-        problems += _backend_problem(environ.get("KERAS_BACKEND", ""))
+        problems += backend_problem(environ.get("KERAS_BACKEND", ""))
         if "cmdline" in values:  # the post's meaning: set at all
             values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
         try:
@@ -437,9 +437,14 @@ class Config(Settings):
         return config
 
     @property
+    def data_name(self):
+        """The data set's name: one of DATASETS, or the last part of its path."""
+        return Path(os.path.abspath(os.path.expanduser(self.dataset))).name
+
+    @property
     def folder(self):
         """The run's folder."""
-        data = Path(self.dataset).name.removesuffix(".npz")
+        data = self.data_name.removesuffix(".npz")
         return Path(os.path.expanduser(self.outdir or f"runs/{data}-depth-{self.resnet_depth}"))
 
     @property

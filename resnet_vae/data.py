@@ -118,7 +118,7 @@ def load_test_images(config, trained_on):
     found = _read(config)
     whole = found.test is None and found.fingerprint != trained_on
     images = found.train.images if whole else _divided(found, config).test
-    return Path(config.dataset).name, images, found.fingerprint
+    return config.data_name, images, found.fingerprint
 
 
 def _read(config):
@@ -158,7 +158,7 @@ def _divided(found, config):
     parts = (train, validation, test)
     labels = None if found.no_labels else tuple(part.labels for part in parts)
     return Data(
-        Path(name).name,
+        config.data_name,
         *(part.images for part in parts),
         found.fingerprint,
         labels,
@@ -198,7 +198,7 @@ def check_data_of(config, data):
     given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout", data.seed)
     shape = config.recipe()["image_shape"] or data.image_shape
     asked = (
-        Path(config.dataset).name,
+        config.data_name,
         tuple(shape),
         config.validation,
         data.seed if data.seed is None else config.seed,
@@ -313,7 +313,7 @@ def _resize(images, shape):
     resized = np.empty((len(images), *shape), "uint8")
     for image, target in zip(images, resized, strict=True):
         if given != channels:
-            picture = Image.fromarray(image[..., 0] if given == 1 else image, MODES[given])
+            picture = Image.fromarray(image[..., 0] if given == 1 else image)
             image = np.asarray(picture.convert(MODES[channels])).reshape(*image.shape[:2], channels)
         for channel in range(channels):
             plane = Image.fromarray(np.ascontiguousarray(image[..., channel]))

@@ -1,10 +1,12 @@
 """The processor and the backend's devices, the precision that is fast on them, and keeping freed memory."""
 
 import ctypes
+import functools
 import platform
 from pathlib import Path
 
 
+@functools.cache
 def _cpuinfo(*names):
     """The value of the first line of /proc/cpuinfo with one of these names, or nothing."""
     try:
@@ -78,13 +80,6 @@ def computes_on_gpu():
     return bool(_gpus())
 
 
-def worth_compiling():
-    """Whether compile() is to use XLA: not with TensorFlow on a CPU, where it takes longer, the first step most."""
-    import keras
-
-    return keras.backend.backend() != "tensorflow" or computes_on_gpu()
-
-
 def keep_memory():
     """From here on keep what is freed for what is allocated next, in the whole process, where the C library is GNU's.
 
@@ -99,12 +94,14 @@ def keep_memory():
 
 
 def settle():
-    """Have the backend compute as training has it, in the whole process; a figure is then the same in each process.
+    """Make the backend compute as in training, in the whole process, so that a figure is the same in each process.
 
-    On TensorFlow without a GPU this switches the rewriting of graphs off, which takes a fifth of the first step, makes
-    no other step quicker, and in bfloat16 rounds elsewhere; and it keeps freed memory.
+    On TensorFlow without a GPU, where Keras does not use XLA, this switches the rewriting of graphs off, which takes a
+    fifth of the first step, makes no other step quicker, and in bfloat16 rounds elsewhere; and it keeps freed memory.
     """
-    if worth_compiling():
+    import keras
+
+    if keras.backend.backend() != "tensorflow" or computes_on_gpu():
         return
     import tensorflow as tf
 

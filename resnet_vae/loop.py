@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 SHORT = 8  # layers up to which JAX has no loop; without it a step takes 0.9 of the time on CPUs, 0.7 to 0.8 on an H200
-within_loop = contextvars.ContextVar("within_loop", default=False)  # whether what is called is a loop's function
+within_loop = contextvars.ContextVar("within_loop", default=False)  # whether a loop's function is being traced
 _shared = weakref.WeakValueDictionary()
 
 

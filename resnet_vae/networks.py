@@ -35,17 +35,6 @@ class ImageModel(keras.Model):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class Bound(layers.Layer):
-    """Clip log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
-
-    def call(self, x):
-        return ops.clip(x, *LOG_VAR_RANGE)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-
-@keras.saving.register_keras_serializable(PACKAGE)
 class Conv2DTranspose(layers.Conv2DTranspose):
     """Keras's transposed convolution, of side 1, without strides and with a bias, as a product of matrices.
 
@@ -91,20 +80,20 @@ def stages(config, transpose=False):
     ]
 
 
-def identity_blocks(x, count, filters, kernel_size=3, remat=False, name="blocks", **options):
+def identity_blocks(x, count, filters, remat=False, name="blocks", **options):
     """Apply `count` blocks whose shortcuts are their inputs: one as it is, several as a loop (`Repeated`)."""
     if count == 1:
-        return identity_block(x, kernel_size, filters, name=name.removesuffix("s") + "2", **options)
-    return Repeated(count, filters, kernel_size, remat, name=name, **options)(x) if count else x
+        return identity_block(x, filters=filters, name=name.removesuffix("s") + "2", **options)
+    return Repeated(count, filters, remat=remat, name=name, **options)(x) if count else x
 
 
-def plain_convolutions(x, count, filters, strides=1, name="stem", momentum=0.99, epsilon=1e-3, **options):
-    """Apply `count` times 3×3 convolution, the first with the strides → BN → ReLU; options are the convolutions'."""
+def plain_convolutions(x, count, filters, strides=1, momentum=0.99, epsilon=1e-3, **options):
+    """A stem: `count` times 3×3 convolution, the first with the strides → BN → ReLU; options are the convolutions'."""
     for number in range(1, count + 1):
         stride = strides if number == 1 else 1
-        x = layers.Conv2D(filters, 3, stride, padding="same", name=f"{name}{number}", **options)(x)
-        x = BatchNormalization(momentum=momentum, epsilon=epsilon, name=f"{name}{number}_bn")(x)
-        x = layers.ReLU(name=f"{name}{number}_relu")(x)
+        x = layers.Conv2D(filters, 3, stride, padding="same", name=f"stem{number}", **options)(x)
+        x = BatchNormalization(momentum=momentum, epsilon=epsilon, name=f"stem{number}_bn")(x)
+        x = layers.ReLU(name=f"stem{number}_relu")(x)
     return x
 
 
@@ -184,7 +173,7 @@ def build_encoder(config, image_shape):
 
     mean = head("mean", "lecun_normal" if identity else "glorot_uniform", config.mean_l2)
     log_var = head("log_var", "zeros" if identity else "glorot_uniform", config.log_var_l2)
-    log_var = Bound(name="log_var_bound", dtype="float32")(log_var)
+    log_var = ops.clip(log_var, *LOG_VAR_RANGE)
     return ImageModel(images, [mean, log_var], name="encoder")
 
 

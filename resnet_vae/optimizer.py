@@ -106,10 +106,9 @@ class AdamW(keras.optimizers.Adam):
 
 
 def prepare(optimizer, model):
-    """Have the steps of a model with an optimizer take less time, the first one most; see also `settle`."""
+    """Build the optimizer of a model and `settle` the process, so that steps take less time, the first one most."""
     optimizer.build(model.trainable_variables)  # or else Keras traces the first step twice
-    if not model.supports_jit:
-        settle()
+    settle()
 
 
 def compile_vae(vae, config, steps_per_epoch):

@@ -213,7 +213,7 @@ def is_finished(config, data=None):
             "or move that folder away"
         )
     if data is not None:
-        check_data(folder, data)
+        check_fingerprint(folder, data)
     return True
 
 
@@ -230,7 +230,7 @@ def _check_place(folder):
         )
 
 
-def check_data(folder, data):
+def check_fingerprint(folder, data):
     """Refuse data that are not those of a finished run.
 
     Raises:

@@ -8,10 +8,11 @@ from resnet_vae.config import DATASETS, UserError
 from resnet_vae.data import check_dataset, entropy_floor, load_data, load_test_images
 from resnet_vae.devices import devices, precision, settle
 from resnet_vae.records import (
-    check_data,
+    check_fingerprint,
     csv_text,
     environment,
     model_of,
+    read_json,
     read_run,
     write_json,
     write_text,
@@ -84,7 +85,7 @@ def load_data_of(run):
         UserError: the data cannot be had, or have changed since.
     """
     data = load_data(run.config)
-    check_data(run.folder, data)
+    check_fingerprint(run.folder, data)
     return data
 
 
@@ -101,6 +102,9 @@ def evaluate_run(folder, dataset):
         A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
         objective's figures and where these are no bound, the bound; the precision they were computed in, and what on
         ("ran_on", as in provenance.json). It is also written to evaluation-NAME.json in the run's folder.
+
+    Raises:
+        UserError: no such run or data, or the file is of another data set of that name.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
@@ -111,6 +115,10 @@ def evaluate_run(folder, dataset):
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     asked = run.config.replace(dataset=dataset, validation="test")
     name, images, fingerprint = load_test_images(asked, run.provenance["data"]["fingerprint"])
+    path = run.folder / f"evaluation-{name.removesuffix('.npz')}.json"
+    before = read_json(path) if path.exists() else None
+    if isinstance(before, dict) and before.get("dataset") != dataset and before.get("fingerprint") != fingerprint:
+        raise UserError(f"{path} is of {before.get('dataset')}; move it away, or rename {dataset}")
     result = {
         "dataset": dataset,
         "data": name,
@@ -122,7 +130,7 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(run.folder / f"evaluation-{name.removesuffix('.npz')}.json", result)
+    write_json(path, result)
     return result
 
 

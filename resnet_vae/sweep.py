@@ -105,7 +105,7 @@ def _combinations(environ):
     for text in lists["DEPTHS"].split():
         if not re.fullmatch("[0-9]+(:[0-9]+)?", text):
             problems.append(
-                f"DEPTHS holds {text}; expected depths as 28, or with their epochs as 28:20, apart by blanks"
+                f"DEPTHS holds {text}; expected depths as 28, or with their epochs as 28:20, separated by spaces"
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -103,7 +103,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def feed(batches):
-    """The same `Batches` as `fit` and `evaluate` take least time over.
+    """`Batches` in the form that `fit` and `evaluate` iterate fastest.
 
     On TensorFlow a `tf.data.Dataset` that does not tune itself. The one that Keras makes does, and each `fit` ends with
     a wait for the tuner, whose naps double up to a minute: epochs took up to twice as long.
@@ -284,11 +284,12 @@ class Training(keras.callbacks.Callback):
 
     def _diverged(self, what):
         clip = f"lower CLIP_NORM ({self.config.clip_norm:g})" if self.config.clip_norm else "set CLIP_NORM, as to 200"
-        advice = [f"lower LEARNING_RATE ({self.config.learning_rate:g})", clip]
+        advice = [f"lower LEARNING_RATE ({self.rate:g})", clip]
         if precision(self.config) != "float32":
             advice.append("use PRECISION=float32")
         place = f"epoch {len(self.rows) + 1}, step {self.step}"
-        return DivergenceError(f"{what} in {place}; {', '.join(advice)}, or set ROLLBACKS")
+        rollbacks = f"raise ROLLBACKS ({self.config.rollbacks})" if self.config.rollbacks else "set ROLLBACKS"
+        return DivergenceError(f"{what} in {place}; {', '.join(advice)}, or {rollbacks}")
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.metrics and self.step:  # fit has just emptied them
@@ -318,7 +319,8 @@ class Training(keras.callbacks.Callback):
         self._look_up()
 
     def _look_up(self):
-        if self.signal or time.perf_counter() - self.saved_at > self.interval:
+        due = self.signal or time.perf_counter() - self.saved_at > self.interval
+        if due and self.saved != self._position():  # which validation does not change
             self.save()
         if self.signal:
             raise InterruptedTrainingError(self.signal, self.folder)
@@ -480,7 +482,9 @@ def train(config, data=None):
             finally:
                 (folder / "lock").unlink(missing_ok=True)
     except filelock.Timeout:
-        raise BusyError(f"{folder} is in use by another process, which trains there") from None
+        raise BusyError(
+            f"{folder} is in use by another process, which trains there; wait for it, or choose another OUTDIR"
+        ) from None
     except BrokenPipeError:  # nobody reads what is printed
         raise
     except OSError as error:
@@ -531,6 +535,13 @@ def _train(config, data, folder):
             if stopped:
                 raise InterruptedTrainingError(stopped, folder) from None
 
+    _record(training, ran_on)
+    checkpoints.remove(folder)
+
+
+def _record(training, ran_on):
+    """Write what a training that has ended leaves in its folder; metrics.json last."""
+    config, data, folder = training.config, training.data, training.folder
     vae, best = training.vae, min(training.rows, key=lambda row: row["val_loss"])
     vae.set_weights(training.best_weights)
     save_model(vae, folder / "model.keras")
@@ -572,7 +583,6 @@ def _train(config, data, folder):
         },
     )
     write_json(folder / "metrics.json", metrics)  # it marks the run as finished
-    checkpoints.remove(folder)
 
 
 def evaluate(vae, images, batch_size, callbacks=None):

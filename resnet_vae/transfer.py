@@ -100,7 +100,7 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
         )
     outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
     features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
-    for layer in features.layers:  # not `features` as a whole: TensorFlow skips an attribute set to what it is
+    for layer in features.layers:  # not `features` as a whole: set to what it already is, it would not reach them
         layer.trainable = not frozen
     images = keras.Input(features.input_shape[1:], name="image")
     x = features(images)

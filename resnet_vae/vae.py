@@ -13,7 +13,7 @@ from keras import layers, ops
 
 from resnet_vae.blocks import Repeated
 from resnet_vae.config import DATASETS, DOWNSAMPLING, OBJECTIVES, PACKAGE
-from resnet_vae.devices import precision, worth_compiling
+from resnet_vae.devices import precision
 from resnet_vae.networks import build_decoder, build_encoder, scale
 
 
@@ -142,7 +142,6 @@ class _Calibration(_Model):
 
     def __init__(self, encoder, decoder, sampler, **kwargs):
         super().__init__(**kwargs)
-        self.supports_jit = worth_compiling()
         self.encoder, self.decoder, self.sampler = encoder, decoder, sampler
         self.moves, self.built = _Moves(), True
 
@@ -192,7 +191,7 @@ def _check_levels(images):
     low, high = images.min(), images.max()
     if "int" in kind and high == 1 and len(images) > 1:
         raise ValueError(
-            f"{kind} images run from {low} to 1; expected grey levels 0 to 255, or for black and white floats or bools"
+            f"{kind} images run from {low} to 1; expected grey levels 0 to 255; black and white: images.astype(bool)"
         )
     limit = 255 if "int" in kind else 1
     if not (low >= 0 and high <= limit):  # also when not finite
@@ -252,7 +251,6 @@ class VAE(_Model):
                     raise ValueError(
                         f"the encoder makes latents of shape {tuple(output.shape[1:])}, the decoder takes {latents[1:]}"
                     )
-        self.supports_jit = worth_compiling()
         self.encoder, self.decoder = encoder, decoder
         self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
         self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from resnet_vae import Config, load_data
+from resnet_vae.experiments.settings import NOTEBOOKS
 
 TINY = {
     "dataset": "digits",
@@ -53,8 +54,9 @@ def processor_seconds():
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """No setting of the caller's environment reaches a test."""
-    for name in (*map(str.upper, Config.model_fields), *Config.also):
-        monkeypatch.delenv(name, raising=False)
+    for settings in NOTEBOOKS.values():
+        for name in (*map(str.upper, settings.model_fields), *settings.also):
+            monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,15 @@ def seeds(request):
         request.module.RNG = np.random.default_rng(0)
     if keras := sys.modules.get("keras"):
         keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def without_backend(tmp_path_factory, monkeypatch):
+    """In processes that the test starts importing Keras or a backend is an error."""
+    folder = tmp_path_factory.mktemp("without")
+    for name in ("keras", "tensorflow", "jax", "torch"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported before it is needed')")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

@@ -144,9 +144,12 @@ def test_imagenet_weights_that_cannot_be_had(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(keras.applications, "ResNet50", fail)
-    model = build_classifier("resnet50", (32, 32, 3), 2, width=1 / 16)
     with pytest.raises(UserError, match=r"weights of resnet50 cannot be had \(no network\)"):
-        load_imagenet(model)
+        load_imagenet(build_classifier("resnet50", (32, 32, 3), 2))
+    monkeypatch.undo()  # others are refused before anything is downloaded
+    for shape, other in (((32, 32, 3), {"width": 1 / 16}), ((32, 32, 3), {"stem": 1}), ((32, 32, 1), {})):
+        with pytest.raises(UserError, match="expected images of 3 channels, width 1 and no stem"):
+            load_imagenet(build_classifier("resnet50", shape, 2, **other))
     with pytest.raises(UserError, match="no ImageNet weights for resnet20"):
         load_imagenet(build_classifier("resnet20"))
 

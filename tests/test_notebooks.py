@@ -127,10 +127,11 @@ def test_a_signal_while_the_kernel_starts_is_not_lost(tmp_path):
     options = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **options)
     deadline = time.monotonic() + 200
-    while not kernels_that_ignore_sigint(str(tmp_path / "out")) and time.monotonic() < deadline:
+    while not (seen := kernels_that_ignore_sigint(str(tmp_path / "out"))) and time.monotonic() < deadline:
         time.sleep(0.005)
     running.send_signal(signal.SIGTERM)
     told, _ = running.communicate(timeout=100)
+    assert seen, told
     assert running.returncode == 143, told
     assert "interrupted; the notebook as far as it came is" in told
     assert not processes_with(str(tmp_path / "out"))

@@ -29,13 +29,13 @@ training.SHARE = 1e9
 from resnet_vae.__main__ import main
 sys.exit(main())
 """
-KILLED_INSIDE_THE_40TH_SAVE = """
+KILLED_INSIDE_THE_35TH_SAVE = """
 from resnet_vae import checkpoints
 count, replace = 0, os.replace
 def killing(source, target):
     global count
     count += str(source).endswith("partial-checkpoint")
-    if count == 40:
+    if count == 35:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = killing
@@ -101,7 +101,7 @@ def test_a_killed_and_terminated_training_is_the_undisturbed_one(finished_run, t
     And not the same where one variable is forgotten, the state of the noise: so what is compared does see it.
     """
     run = tmp_path / "run"
-    done = train_in_a_process(run, KILLED_INSIDE_THE_40TH_SAVE)
+    done = train_in_a_process(run, KILLED_INSIDE_THE_35TH_SAVE)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (run / "partial-checkpoint").exists()
     done = train_in_a_process(run, TERMINATED_WHILE_VALIDATING)
@@ -152,7 +152,7 @@ def test_a_killed_training_with_loops_is_the_undisturbed_one(tmp_path):
     """As above, with what the small networks lack: loops, dropout, augmentation, precision as it suits."""
     settings = {"resnet_depth": 46, "dropout": 0.5, "augment": "shift", "order": "pre", "remat": 1, "epochs": 2}
     settings["precision"] = "auto"
-    done = train_in_a_process(tmp_path / "run", KILLED_INSIDE_THE_40TH_SAVE, **settings)
+    done = train_in_a_process(tmp_path / "run", KILLED_INSIDE_THE_35TH_SAVE, **settings)
     assert done.returncode == -signal.SIGKILL, done.stderr
     for run in ("run", "undisturbed"):
         done = train_in_a_process(tmp_path / run, **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, processor_seconds
+from conftest import TINY
 from test_results import write_run
 
 from resnet_vae import Config, checkpoints
@@ -65,7 +65,7 @@ MISTAKES = {
     "SWEEP=SEED SEED=1 DEPTHS=28": "DEPTHS is set and SWEEP does not name it",
     "SWEEP=DEPTHS+DEPTHS DEPTHS=28+29": "SWEEP names DEPTHS twice",
     "RESNET_DEPTH=40": 'RESNET_DEPTH is set, and a sweep\'s depths are DEPTHS; expected DEPTHS="40" instead',
-    "DEPTHS=28:": "DEPTHS holds 28:; expected depths as 28, or with their epochs as 28:20, apart by blanks",
+    "DEPTHS=28:": "DEPTHS holds 28:; expected depths as 28, or with their epochs as 28:20, separated by spaces",
     "DEPTHS=28,40": "DEPTHS holds 28,40; expected depths as 28",
     "DEPTHS=28+30": "resnet_depth is '30'",
     "DEPTHS=28:1+28:2": "depth-28 is there twice",
@@ -113,6 +113,7 @@ def test_a_run_that_is_evaluated_is_not_evaluated_again(tmp_path):
     assert "depth-28: finished already" in done.stdout
 
 
+@pytest.mark.usefixtures("without_backend")
 def test_all_mistakes_are_told_before_the_first_training(tmp_path):
     """Those of a later depth and of the data, and a folder that is no folder, or another configuration's."""
     write_run(tmp_path / "sweep" / "depth-40", 40, 1850.0)
@@ -120,9 +121,7 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
     unfinished = Config(**TINY, resnet_depth=46, seed=7, outdir=str(tmp_path / "sweep" / "depth-46"))
     unfinished.folder.mkdir()
     checkpoints.save(unfinished.folder, {"identity": unfinished.recipe()}, [])
-    began = processor_seconds()
     done = run_all(tmp_path, depths="28 30 34 40 46", evaluate="nothere")
-    assert processor_seconds() - began < 5
     assert (done.returncode, done.stdout) == (2, "")
     told = (
         "error: EVALUATE is",

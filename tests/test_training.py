@@ -316,6 +316,11 @@ def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     assert {name: run.provenance[name] for name in result["ran_on"]} == result["ran_on"]
     recorded = finished_run / "evaluation-again.json"
     assert json.loads(recorded.read_text()) == result
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / "again.npz", x_train=load_data(run.config).train)
+    with pytest.raises(UserError, match=r"evaluation-again\.json is of .*again\.npz; move it away, or rename .*other"):
+        evaluate_run(finished_run, str(tmp_path / "other" / "again.npz"))
+    assert json.loads(recorded.read_text()) == result
     recorded.unlink()
 
 
@@ -587,6 +592,15 @@ def test_a_step_is_not_waited_for(tmp_path, monkeypatch):
     train(Config(**{**TINY, "epochs": 1}, outdir=str(tmp_path / "run"), cmdline=True))
     assert losses
     assert all(map(ops.is_tensor, losses))
+
+
+def test_a_training_that_goes_on_after_a_divergence_is_told_of_with_what_it_has(tmp_path):
+    config = Config(**TINY, rollbacks=3, cmdline=True)
+    data = load_data(config)
+    again = Training(config, data, tmp_path, Training(config, data, tmp_path))
+    assert str(again._diverged("the loss is nan")).endswith(
+        "lower LEARNING_RATE (0.001), lower CLIP_NORM (200), or raise ROLLBACKS (3)"
+    )
 
 
 def test_a_signal_in_a_step_that_diverges_is_not_lost(tmp_path, monkeypatch):
@@ -1083,6 +1097,7 @@ def test_training_saves_before_an_epochs_last_step_or_with_its_figures_and_puts_
     training = Training(config, load_data(config), tmp_path)
     training.run()
     assert (training.steps - 1, True) in places
+    assert places.count((training.steps, False)) == 1  # not for each batch of the validation
     assert (training.steps, True) not in places
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 

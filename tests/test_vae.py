@@ -531,10 +531,17 @@ def test_blocks_without_shortcuts_are_not_cut_off():
     assert {layer.gain for layer in vae._flatten_layers() if isinstance(layer, ResidualBlock)} == {1.0}
 
 
-def test_log_variances_are_limited():
-    np.testing.assert_array_equal(
-        to_numpy(networks.Bound()(np.array([[-50.0, 0.5, 50.0]], "float32"))), [[-20, 0.5, 10]]
-    )
+@pytest.mark.parametrize("initialization", ["identity", "published"])
+def test_log_variances_are_limited(images, initialization):
+    """In a network, also in one that was saved and loaded."""
+    vae = build_vae(Config(**TINY, initialization=initialization))
+    head = vae.encoder.get_layer("log_var")
+    head.kernel.assign(ops.zeros_like(head.kernel))
+    head.bias.assign(np.resize([-50.0, 0.5, 50.0], 8))
+    loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(vae.encoder))
+    loaded.set_weights(vae.encoder.get_weights())
+    for encoder in (vae.encoder, loaded):
+        np.testing.assert_array_equal(encoder(images[:1])[1], [np.resize([-20, 0.5, 10], 8)])
 
 
 def test_a_vae_from_its_configuration(tiny_vae):
@@ -572,6 +579,8 @@ def test_how_each_initialization_begins(initialization, order):
         kernels = {type(layer.kernel_initializer) for layer in first}
         assert kernels == {keras.initializers.HeNormal if identity else keras.initializers.GlorotUniform}
         assert part.get_layer("intermediate_dropout").seed == 7 + number
+        last = [layer.name for layer in part.layers if layer.name.startswith("last_")]
+        assert last == (["last_bn", "last_relu"] if order == "pre" else [])
     names = [layer.name for layer in vae.encoder.layers]
     assert ("position_average" in names, "first_convolution" in names) == (identity, order == "pre")
     assert np.any(to_numpy(vae.encoder.get_layer("log_var").kernel)) != identity
@@ -822,9 +831,9 @@ def test_a_network_that_cannot_be_built_leaves_keras_as_it_is(monkeypatch):
 
 
 def test_precision_follows_the_processor_and_heads_give_float32(monkeypatch):
-    def processor(vendor, flags):
-        told = {"vendor_id": vendor, "flags": flags}
-        monkeypatch.setattr("resnet_vae.devices._cpuinfo", lambda *names: told.get(names[0], ""))
+    def processor(vendor, flags, name="flags"):
+        told = {"vendor_id": vendor, name: flags}
+        monkeypatch.setattr("resnet_vae.devices._cpuinfo", lambda *names: next(filter(None, map(told.get, names)), ""))
 
     for vendor, flags in (("AuthenticAMD", "fpu avx2"), ("GenuineIntel", "fpu avx512f avx512_bf16")):
         processor(vendor, flags)
@@ -832,20 +841,24 @@ def test_precision_follows_the_processor_and_heads_give_float32(monkeypatch):
         assert not processor_has_amx()
     processor("GenuineIntel", "fpu avx512_bf16 amx_bf16")
     assert processor_has_amx()
-    assert precision(Config()) == ("float32" if keras.backend.backend() == "jax" else "mixed_bfloat16")
+    fast = "float32" if keras.backend.backend() == "jax" else "mixed_bfloat16"
+    assert precision(Config()) == fast
+    processor("", "fp asimd bf16", "Features")  # as Arm's are listed
+    assert precision(Config()) == fast
     processor("AuthenticAMD", "fpu avx512f avx512_bf16")
-    for name, capability, expected in (("Tesla T4", (7, 5), "float32"), ("NVIDIA H200", (9, 0), "mixed_bfloat16")):
+    for name, capability, expected in (("Tesla T4", (7, 5), "float32"), ("NVIDIA A100", (8, 0), "mixed_bfloat16")):
         with monkeypatch.context() as gpu:
             gpu.setattr("resnet_vae.devices._gpus", lambda found=(name, capability): [found])
             assert precision(Config()) == expected
             assert devices() == [f"gpu:0, {name}"]
-    if keras.backend.backend() == "jax":  # as JAX tells of AMD's
+    if keras.backend.backend() == "jax":  # as JAX tells of AMD's and of NVIDIA's
         import jax
 
-        card = SimpleNamespace(platform="gpu", device_kind="Instinct", compute_capability="gfx90a")
-        with monkeypatch.context() as gpu:
-            gpu.setattr(jax, "devices", lambda: [card])
-            assert (precision(Config()), devices()) == ("float32", ["gpu:0, Instinct"])
+        for name, capability, expected in (("Instinct", "gfx90a", "float32"), ("A100", "8.0", "mixed_bfloat16")):
+            card = SimpleNamespace(platform="gpu", device_kind=name, compute_capability=capability)
+            with monkeypatch.context() as gpu:
+                gpu.setattr(jax, "devices", lambda card=card: [card])
+                assert (precision(Config()), devices()) == (expected, [f"gpu:0, {name}"])
     vae = build_vae(Config(**{**TINY, "precision": "auto"}))
     dtype = "float32" if keras.backend.backend() == "jax" else "bfloat16"
     assert vae.encoder.get_layer("stage2_block1").compute_dtype == dtype
@@ -874,7 +887,6 @@ def test_memory_is_not_asked_of_the_system_again_once_a_model_is_prepared():
 
         given_back = pages(), pages()
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-        model.supports_jit = False  # as on a CPU
         prepare(AdamW(), model)
         print(*given_back, pages(), pages())
     """

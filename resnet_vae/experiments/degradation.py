@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+from resnet_vae.config import Config
 from resnet_vae.experiments.networks import (
     LOSSES,
     adam,
@@ -25,7 +26,7 @@ from resnet_vae.experiments.record import conduct
 from resnet_vae.plots import keep_in_sight, whole_epochs
 from resnet_vae.vae import VAE
 
-CALIBRATED = 20  # batches from which a VAE's averages are computed before each test, as by default in its training
+CALIBRATED = Config.model_fields["norm_batches"].default  # batches a VAE's averages are of before each test
 
 
 def measure(settings):

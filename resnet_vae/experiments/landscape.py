@@ -13,7 +13,6 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from resnet_vae.devices import worth_compiling
 from resnet_vae.experiments.networks import (
     LOSSES,
     adam,
@@ -93,7 +92,6 @@ class TrainingLoss(keras.Model):
 
     def __init__(self, model, **kwargs):
         super().__init__(**kwargs)
-        self.supports_jit = worth_compiling()
         self.model, self.built = model, True
 
     def call(self, inputs):

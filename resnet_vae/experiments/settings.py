@@ -142,7 +142,7 @@ class Gradients(Networks):
 class Euler(Experiment):
     """Of residual networks as steps of Euler's method."""
 
-    finest: int = Field(512, ge=16, le=2**16, description="layers of the deepest chain; each has twice the last one's")
+    finest: int = Field(512, ge=16, le=2**16, description="layers of the deepest chain; the chains have 8, 16, 32, …")
     width: int = Field(8, ge=1, le=1024, description="of the vectors")
     layers: int = Field(8, ge=1, le=1024, description="layers of the trained networks")
     repetitions: int = Field(5, ge=1, description="trained networks of each kind, a seed each")

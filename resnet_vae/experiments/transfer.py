@@ -65,7 +65,7 @@ def measure(settings):
         print(f"{network}: trained", flush=True)
         for way in WAYS:
 
-            def begin(seed, count, way=way, network=network, build=build, source=source, learned=learned):
+            def begin(seed, _count, way=way, network=network, build=build, source=source, learned=learned):
                 model = build(new, seed)
                 model, trained = (model.encoder, source.encoder) if network == "VAE" else (model, source)
                 if way != "scratch":
