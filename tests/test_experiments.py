@@ -24,7 +24,7 @@ from resnet_vae.experiments.networks import (
     models,
     some,
 )
-from resnet_vae.experiments.settings import NETWORKS, Degradation, Euler, Trained
+from resnet_vae.experiments.settings import NETWORKS, Degradation, Euler, Trained, Transfer
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
 
@@ -211,18 +211,117 @@ def test_training_is_tested_after_each_epoch(network):
     data = Data("made up", images, images, images, "", (labels,) * 3, ("0", "1", "2"))
     model = build_network(settings, network, "residual", {"classifier": 8, "VAE": 28}[network], data)
     compile_network(network, model, adam(settings))
-    rows = list(degradation.train(settings, model, *[inputs(network, images, labels)] * 2))
+    others, their_labels = RNG.integers(0, 256, (16, 8, 8, 1), "uint8"), np.arange(16) % 3
+    tests = inputs(network, others, their_labels)
+    rows = list(degradation.train(settings, model, inputs(network, images, labels), tests))
     assert [row["epoch"] for row in rows] == [1, 2]
     assert model.optimizer.iterations == 4
     assert all(row["loss"] > 0 for row in rows)
     if network == "VAE":
         assert all(row["error"] == row["test_error"] == "" for row in rows)
         model.calibrate(images[np.random.default_rng(0).permutation(16)], batch_size=8)
-        assert rows[1]["test_loss"] == pytest.approx(model.evaluate(images, batch_size=8, verbose=0)[0], rel=1e-5)
+        assert rows[1]["test_loss"] == pytest.approx(model.evaluate(others, batch_size=8, verbose=0)[0], rel=1e-5)
     else:
-        accuracy = model.evaluate(images, labels, batch_size=8, verbose=0)[1]
-        assert rows[1]["test_error"] == pytest.approx(1 - accuracy)
+        loss, accuracy = model.evaluate(others, their_labels, batch_size=8, verbose=0)
+        assert (rows[1]["test_loss"], rows[1]["test_error"]) == pytest.approx((loss, 1 - accuracy))
         assert 0 <= rows[1]["error"] <= 1
+
+
+def made_up(classes=4):
+    """24 training and 16 test images, each of one grey level, no two alike."""
+    images = np.arange(40, dtype="uint8").repeat(64).reshape(40, 8, 8, 1)
+    labels = np.arange(40) % classes
+    parts, labels = np.split(images, [24]), np.split(labels, [24])
+    names = tuple(map(str, range(classes)))
+    return Data("made up", parts[0], parts[1], parts[1], "", (labels[0], labels[1], labels[1]), names)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_degradation_is_of_training_and_of_test_images(network, monkeypatch):
+    data, given = made_up(), []
+
+    def noted(settings, model, training, test):
+        given.append((training, test))
+        yield {"epoch": 1, "loss": 1.0, "test_loss": 1.0}
+
+    monkeypatch.setattr(degradation, "load_labelled", lambda settings: data)
+    monkeypatch.setattr(degradation, "models", lambda build, compile_, cases: ((None, case) for case in cases))
+    monkeypatch.setattr(degradation, "train", noted)
+    degradation.measure(Degradation(networks=network, kinds="plain", depths="8", vae_depths="28", batch_size=8))
+    assert given
+    for pair in given:
+        for part, images, labels in zip(pair, (data.train, data.test), (data.labels[0], data.labels[2]), strict=True):
+            for each, expected in zip(part, inputs(network, images, labels), strict=True):
+                np.testing.assert_array_equal(each, expected)
+
+
+def test_each_way_of_transfer_is_what_it_is_called(monkeypatch):
+    """On made-up networks: what was learned before and is taken over, what stays, the rates, images and labels."""
+    data, first, tuned = made_up(), [], []
+
+    class Network:
+        learned = way = rate = None
+
+        def __init__(self, network, seed=0):
+            self.network, self.weights, self.encoder = network, seed, self
+
+        def fit(self, images, labels=None, **options):
+            (first if self.way is None else tuned).append((self, images, labels, options))
+
+        def get_weights(self):
+            return f"learned with seed {self.weights}"
+
+        def set_weights(self, weights):
+            self.weights = weights
+
+        def evaluate(self, images, labels, **_):
+            np.testing.assert_array_equal(images, data.test[data.labels[2] >= 2])
+            np.testing.assert_array_equal(labels, data.labels[2][data.labels[2] >= 2] - 2)
+            return {"accuracy": 0.5}
+
+    def models(build, compile_, cases):
+        for case in cases:
+            model = build(*case)
+            compile_(model)
+            yield model, case
+
+    def adapt(model, classes, **way):
+        assert classes == 2
+        model.way = way
+        return model
+
+    for name, fake in {
+        "load_labelled": lambda settings: data,
+        "build_network": lambda settings, network, kind, depth, data, seed=0: Network(network, seed),
+        "models": models,
+        "adam": lambda settings, rate=None: rate or settings.learning_rate,
+        "compile_network": lambda network, model, optimizer: setattr(model, "rate", optimizer),
+        "take_over": lambda model, source: setattr(model, "learned", source.weights),
+        "adapt": adapt,
+    }.items():
+        monkeypatch.setattr(transfer, name, fake)
+    rates = {"learning_rate": 0.25, "tuning_rate": 0.125}
+    rows = transfer.measure(Transfer(**rates, labels="3", repetitions=2, steps=5, batch_size=4, epochs=7))["transfer"]
+    assert [(row["network"], row["way"], row["seed"]) for row in rows] == [
+        (network, way, seed) for network in NETWORKS for way in ("scratch", "frozen", "fine-tuned") for seed in (0, 1)
+    ]
+    for model, images, labels, options in first:
+        known = data.labels[0] < 2 if model.network == "classifier" else np.full(24, True)
+        np.testing.assert_array_equal(images, data.train[known])
+        if model.network == "classifier":
+            np.testing.assert_array_equal(labels, data.labels[0][known])
+        assert (model.rate, options["epochs"]) == (0.25, 7)
+    ways = {  # what was taken over, how it is adapted, the rate
+        "scratch": (None, {"frozen": False, "batch_statistics": True}, 0.25),
+        "frozen": ("learned with seed {}", {"frozen": True, "batch_statistics": False}, 0.25),
+        "fine-tuned": ("learned with seed {}", {"frozen": False, "batch_statistics": False}, 0.125),
+    }
+    for row, (model, images, labels, _) in zip(rows, tuned, strict=True):
+        learned, way, rate = ways[row["way"]]
+        assert (model.learned, model.way, model.rate) == (learned and learned.format(row["seed"]), way, rate)
+        assert len(images) == 5 * 4
+        assert len(np.unique(images)) <= 3 * 2
+        np.testing.assert_array_equal(labels, images[:, 0, 0, 0] % 4 - 2)
 
 
 def test_what_is_left_of_a_degradation():

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import once
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_results import write_run
+from test_results import RESULTS
 
 from resnet_vae import Config, load_data
 from resnet_vae.config import ConfigError, UserError
 from resnet_vae.data import DataError
-from resnet_vae.records import read_sweep
+from resnet_vae.records import PICTURES, read_run, read_sweep
 from resnet_vae.results import tables
 from resnet_vae.verify import verify
 
+pytestmark = once("no backend is asked for anything")
 FUZZ = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -48,10 +50,18 @@ def test_settings(environ):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A sweep of one made-up run, and a place for a spoilt copy."""
+    """A sweep of one recorded run without its pictures, but with an evaluation, and a place for a spoilt copy."""
     place = tmp_path_factory.mktemp("fuzz")
-    write_run(place / "whole" / "run", 28, 1850.0)
-    return place
+    run = place / "whole" / "run"
+    run.mkdir(parents=True)
+    for path in (RESULTS / "calm" / "depth-28").iterdir():
+        if path.suffix in (".json", ".csv"):
+            shutil.copy(path, run)
+    metrics = read_run(run).metrics
+    (run / "evaluation-a.json").write_text(json.dumps({"loss_is": metrics["loss_is"], **metrics["test"]}))
+    with pytest.MonkeyPatch.context() as patched:  # counting takes a second
+        patched.setattr("resnet_vae.verify._parameters", lambda config: metrics["parameters"])
+        yield place
 
 
 def spoilt_copy(folders, spoil, name):
@@ -66,7 +76,7 @@ def spoilt_copy(folders, spoil, name):
     assert all(isinstance(line, str) for line in verify(folders / "copy"))
 
 
-NAMES = st.sampled_from(["config.json", "metrics.json", "provenance.json", "history.csv"])
+NAMES = st.sampled_from(["config.json", "metrics.json", "provenance.json", "evaluation-a.json", "history.csv"])
 
 
 @FUZZ
@@ -154,5 +164,7 @@ def test_an_npz_whose_header_claims_more_than_there_is(tmp_path):
 def test_the_corpus_is_read_when_it_is_whole(folders, files):
     """So that the tests above do not pass because nothing can be read at all."""
     assert tables(read_sweep(folders / "whole"))["table.md"]
+    run = folders / "whole" / "run"
+    assert verify(run.parent) == [f"{run / name}.png is missing" for name in PICTURES]
     for path in files.iterdir():
         assert len(load_data(Config(dataset=str(path))).train) == 10
