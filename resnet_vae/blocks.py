@@ -66,12 +66,15 @@ class ResidualBlock(layers.Layer):
         kernel_initializer: of the convolutions. As in Keras, one whose seed is a number draws the same for all kernels
             of a shape.
 
-    Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[-1]), or
-    times the strides with `transpose`.
+    Input (batch, height, width, channels), output (batch, height / strides[0], width / strides[1], filters[-1]),
+    rounded up, or times the strides with `transpose`. It is frozen as a whole: a part of it that is frozen is trained
+    again in a copy or after loading.
 
     Raises:
         ValueError: an unknown shortcut or order, a number of filters that is not 2 or 3, a kernel that is not square,
-            Keras's image_data_format "channels_first", or, when it is built, an identity between different shapes.
+            strides that are not one or two numbers, or more than 1 with the shortcut "identity", Keras's
+            image_data_format "channels_first"; when it is built, an identity between different shapes; when it is
+            called, an input of another rank, or of other channels than before.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ResidualBlock(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.input_spec = layers.InputSpec(ndim=4)
         filters, sides, strides = (
             tuple(map(operator.index, given if isinstance(given, Iterable) else (given,)))
             for given in (filters, kernel_size, strides)
@@ -160,7 +164,7 @@ class ResidualBlock(layers.Layer):
                 f"identity block {self.name!r}: the input has {input_shape[-1]} channels and the last filters are "
                 f"{self.filters[-1]}; they must be equal, or use conv_block, whose shortcut is a projection"
             )
-        shape = input_shape
+        self.input_spec, shape = layers.InputSpec(ndim=4, axes={-1: input_shape[-1]}), input_shape
         for convolution, normalization in zip(self.convolutions, self.normalizations, strict=True):
             convolution.build(shape)
             after = convolution.compute_output_shape(shape)
@@ -348,10 +352,10 @@ class Repeated(layers.Layer):
         filters: of a block's convolutions; the input has the last as its number of channels.
         kernel_size: of a block.
         remat: keep only the blocks' inputs for the gradient and compute what is within a block a second time
-            (https://arxiv.org/abs/1604.06174).
+            (https://arxiv.org/abs/1604.06174), when called with training=True.
         **options: further ones of `ResidualBlock`, named in OPTIONS, and those of any layer.
 
-    Input and output (batch, height, width, filters[-1]).
+    Input and output (batch, height, width, filters[-1]). It is frozen as a whole; `split` gives parts to freeze.
 
     Raises:
         ValueError: as of `ResidualBlock`, or fewer blocks than one; when it is built, other channels than filters[-1].
@@ -359,6 +363,7 @@ class Repeated(layers.Layer):
 
     def __init__(self, count, filters, kernel_size=3, remat=False, **options):
         super().__init__(**{name: value for name, value in options.items() if name not in OPTIONS})
+        self.input_spec = layers.InputSpec(ndim=4)
         self.count, self.remat = operator.index(count), remat
         if self.count < 1:
             raise ValueError(f"blocks {self.name!r}: their number is {count}; expected 1 or more")
@@ -376,6 +381,7 @@ class Repeated(layers.Layer):
                 f"blocks {self.name!r}: the input has {input_shape[-1]} channels and the last filters are "
                 f"{pattern.filters[-1]}; they must be equal, or use conv_block before them"
             )
+        self.input_spec = layers.InputSpec(ndim=4, axes={-1: input_shape[-1]})
         pattern.build(input_shape)
         self.stacks = [self._add_stack(weight) for weight in _weights(pattern)]
 
@@ -432,7 +438,12 @@ class Repeated(layers.Layer):
         return input_shape
 
     def split(self):
-        """The same as a list of `ResidualBlock` layers with weights of their own, to be called one after the other."""
+        """The same as a list of `ResidualBlock` layers with weights of their own, to be called one after the other.
+
+        Raises:
+            ValueError: it has no weights yet.
+        """
+        self._check_built()
         blocks = []
         for number in range(self.count):
             config = {**self.pattern().get_config(), "momentum": self.momentum, "name": f"{self.name}_{number + 1}"}
@@ -448,10 +459,20 @@ class Repeated(layers.Layer):
         """Take over the weights of `count` built `ResidualBlock` layers; the inverse of `split`.
 
         Raises:
-            ValueError: another number of blocks, or weights of other numbers or shapes.
+            ValueError: it has no weights yet; another number of blocks, or weights of other numbers or shapes. It then
+                keeps its own.
         """
-        for stack, weights in zip(self.stacks, zip(*map(_weights, blocks), strict=True), strict=True):
+        self._check_built()
+        given = [[tuple(weight.shape) for weight in _weights(block)] for block in blocks]
+        expected = [[tuple(stack.shape[1:]) for stack in self.stacks]] * self.count
+        if given != expected:
+            raise ValueError(f"blocks {self.name!r}: expected {self.count} built blocks with weights as `split` gives")
+        for stack, *weights in zip(self.stacks, *map(_weights, blocks), strict=True):
             stack.assign(ops.concatenate([weight[None] for weight in weights]))
+
+    def _check_built(self):
+        if not self.built:
+            raise ValueError(f"blocks {self.name!r} have no weights yet; call them on an image first")
 
     def get_config(self):
         pattern = self.pattern().get_config()
@@ -482,7 +503,7 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
         Tensor of the shape of `x`.
 
     Raises:
-        ValueError: the channels of `x` are not filters[-1].
+        ValueError: as of `ResidualBlock`; the channels of `x` are not filters[-1], which only a shortcut "none" allows.
     """
     return ResidualBlock(filters, kernel_size, **options)(x)
 
@@ -499,6 +520,10 @@ def conv_block(x, kernel_size=3, filters=(64, 64, 256), strides=(2, 2), transpos
         **options: further ones of `ResidualBlock`, shortcut among them.
 
     Returns:
-        Tensor (batch, height / strides[0], width / strides[1], filters[-1]); times the strides with `transpose`.
+        Tensor (batch, height / strides[0], width / strides[1], filters[-1]), rounded up; times the strides with
+        `transpose`.
+
+    Raises:
+        ValueError: as of `ResidualBlock`.
     """
     return ResidualBlock(filters, kernel_size, strides, transpose, **{"shortcut": "projection", **options})(x)

@@ -121,10 +121,20 @@ def take_weights(model, application):
         application: the Keras model, with or without its top.
 
     Raises:
-        UserError: a block is of another order or has another shortcut; nothing is copied then.
+        UserError: a block is of another order or has another shortcut, or a stage has another number of blocks; nothing
+            is copied then.
         ValueError: a layer is missing, or weights have other shapes.
     """
     _check_published(model)
+    names = {layer.name for layer in application.layers}
+    for stage in range(1, 5):
+        count = 1 + model.get_layer(f"stage{stage}_blocks").count
+        theirs = sum(f"conv{stage + 1}_block{number}_1_conv" in names for number in range(1, len(names)))
+        if count != theirs:
+            raise UserError(
+                f"{model.name} has {count} blocks in stage {stage} and {application.name} {theirs}; expected a "
+                "classifier of the same name"
+            )
 
     def copy(layer, name):
         layer.set_weights(application.get_layer(name).get_weights())

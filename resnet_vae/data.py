@@ -505,7 +505,7 @@ def _levels(path, images):
     limit = 255 if images.dtype.kind in "ui" else 1
     if not (low >= 0 and high <= limit):  # also when not finite
         raise DataError(
-            f"{path}: {images.dtype} images run from {low:g} to {high:g}; expected 0 to {limit} "
+            f"{path}: {images.dtype} images run from {low:.9g} to {high:.9g}; expected 0 to {limit} "
             "(floats lie in [0, 1], whole numbers in 0 to 255)"
         )
     return np.round(images * (255 if limit == 1 else 1)).astype("uint8")

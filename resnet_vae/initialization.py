@@ -5,6 +5,8 @@ import math
 import keras
 import numpy as np
 
+from resnet_vae.config import PACKAGE
+
 LENGTHS = (2**16, 2**22)  # the shortest that is long enough is drawn; a longer kernel in its own length
 DRAWS = {  # distribution → how to draw it, and the standard deviation that it then has
     "truncated_normal": (keras.random.truncated_normal, 0.87962566103423978),
@@ -13,6 +15,7 @@ DRAWS = {  # distribution → how to draw it, and the standard deviation that it
 }
 
 
+@keras.saving.register_keras_serializable(PACKAGE)
 class CompiledOnce(keras.initializers.Initializer):
     """A variance-scaling initializer that takes less time on JAX, where drawing compiles once for each shape.
 
@@ -42,6 +45,13 @@ class CompiledOnce(keras.initializers.Initializer):
 
     def clone(self):
         return CompiledOnce(self.initializer.clone())
+
+    def get_config(self):
+        return {"initializer": keras.initializers.serialize(self.initializer)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.initializers.get(config["initializer"]))
 
 
 def compiled_once(initializer):

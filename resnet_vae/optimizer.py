@@ -23,7 +23,7 @@ class AdamW(keras.optimizers.Adam):
         **kwargs: as of `keras.optimizers.Adam`.
     """
 
-    def __init__(self, learning_rate=0.001, weight_decay=0.004, decay=0.0, **kwargs):
+    def __init__(self, learning_rate=0.001, weight_decay=0.004, *, decay=0.0, **kwargs):
         super().__init__(learning_rate, weight_decay=weight_decay, **kwargs)
         self.decay, self._of_the_step = decay, None  # within `apply` a dict: what is the same for all variables
 

@@ -92,14 +92,22 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     Returns:
         A functional Model, not compiled. Its new layer reads what a classifier's last layer reads, or the mean of the
         latents. `model` shares the other layers, so it is frozen, too, until `adapt` is called with frozen=False.
+
+    Raises:
+        ValueError: a decoder, or a model that is not functional.
     """
     model = getattr(model, "encoder", model)
+    if not getattr(model, "outputs", None):
+        raise ValueError(f"{model.name} has no outputs that are known; expected a functional model")
     if len(model.outputs) == 1 and len(model.output_shape) != 2:
         raise ValueError(
             f"{model.name} makes outputs of shape {model.output_shape[1:]}; expected a classifier, a VAE or its encoder"
         )
-    outputs = model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
-    features = (keras.Model if batch_statistics else Features)(model.inputs, outputs, name="features")
+    inputs, outputs = model.inputs, model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
+    for layer in model.layers:
+        if isinstance(layer, Features):  # of a network that was adapted before
+            inputs, outputs = layer.inputs, layer.outputs[0]
+    features = (keras.Model if batch_statistics else Features)(inputs, outputs, name="features")
     for layer in features.layers:  # not `features` as a whole: set to what it already is, it would not reach them
         layer.trainable = not frozen
     images = keras.Input(features.input_shape[1:], name="image")

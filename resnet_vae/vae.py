@@ -70,19 +70,24 @@ class Sampling(layers.Layer):
     Args:
         objective: "elbo": the standard deviation is exp(log_var / 2). "published": exp(log_var), the post's, which
             is at odds with the KL that takes exp(log_var) for the variance.
-        seed: of the noise. Training and evaluation have a generator each, so that evaluating does not change how
-            training goes on.
+        seed: of the noise, a whole number. Training and evaluation have a generator each, so that evaluating does not
+            change how training goes on.
+
+    Raises:
+        ValueError: an unknown objective.
     """
 
     def __init__(self, objective="elbo", seed=0, **kwargs):
         super().__init__(**{"dtype": "float32", **kwargs})
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
         self.objective, self.seed = objective, seed
         self.training_noise = keras.random.SeedGenerator(seed, name="training_noise")
         self.evaluation_noise = keras.random.SeedGenerator(seed + 1, name="evaluation_noise")
 
     def call(self, mean, log_var, training=False):
         generator = self.training_noise if training else self.evaluation_noise
-        noise = keras.random.normal(ops.shape(mean), dtype="float32", seed=generator)
+        noise = keras.random.normal(ops.shape(mean), dtype=mean.dtype, seed=generator)
         return mean + ops.exp(self.log_variance(log_var) / 2) * noise
 
     def log_variance(self, log_var):
@@ -196,7 +201,8 @@ def _check_levels(images):
     limit = 255 if "int" in kind else 1
     if not (low >= 0 and high <= limit):  # also when not finite
         raise ValueError(
-            f"{kind} images run from {low:g} to {high:g}; expected floats in [0, 1], or grey levels 0 to 255 as uint8"
+            f"{kind} images run from {low:.9g} to {high:.9g}; expected floats in [0, 1], or grey levels 0 to 255 as "
+            "uint8"
         )
 
 
@@ -237,8 +243,6 @@ class VAE(_Model):
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
         super().__init__(**{**kwargs, "autocast": False})  # targets in bfloat16 would be other images
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
         shapes = [getattr(encoder, "input_shape", None), getattr(decoder, "output_shape", None)]
         if all(isinstance(shape, tuple) for shape in shapes) and not _agree(*shapes):
             raise ValueError(f"the encoder takes images of shape {shapes[0][1:]}, the decoder makes {shapes[1][1:]}")
@@ -301,7 +305,7 @@ class VAE(_Model):
         if self._compile_loss is not None:
             raise ValueError("the VAE's objective is its own; compile it without loss (metrics may be given)")
         kl, reconstruction, *penalties = self.losses
-        penalty = sum(penalties, start=ops.zeros((), "float32"))
+        penalty = sum((ops.cast(each, "float32") for each in penalties), start=ops.zeros((), "float32"))
         count = ops.shape(x)[0]
         self.reconstruction_metric.update_state(reconstruction, sample_weight=count)
         self.kl_metric.update_state(kl, sample_weight=count)
@@ -310,7 +314,7 @@ class VAE(_Model):
         if training and self.kl_warmup_steps:
             weight *= ops.minimum(self.trained_steps / self.kl_warmup_steps, 1.0)
             self.trained_steps.assign_add(1.0)
-        return reconstruction + weight * kl + penalty
+        return self._aggregate_additional_loss(reconstruction + weight * kl + penalty)  # a replica's share of it
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Metrics given to `compile` compare the reconstruction with the images, both in [0, 1]."""
@@ -411,6 +415,8 @@ class VAE(_Model):
             for average, _ in averages:
                 average.assign(ops.zeros(average.shape))
             batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
+            if strategy := getattr(model, "distribute_strategy", None):  # TensorFlow's, in which a batch is in parts
+                batches //= strategy.num_replicas_in_sync
             for (average, momentum), value in zip(averages, former, strict=True):
                 times = batches * model.moves.counts[id(average)]  # a layer may be applied more than once
                 # as Adam corrects its averages, which begin at 0

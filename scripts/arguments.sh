@@ -5,6 +5,10 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
   shift
   for argument in "$@"; do
     case $argument in
+      "")
+        echo "error: an argument is empty; expected a folder, or no argument; see $0 --help" >&2
+        exit 2
+        ;;
       -h | --help)
         sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
         exit

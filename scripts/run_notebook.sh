@@ -23,5 +23,6 @@ if ! mkdir -p "$OUTDIR" 2> /dev/null || [ ! -w "$OUTDIR" ]; then
   echo "error: OUTDIR is '$OUTDIR', which cannot be made or written; expected a folder that can be written" >&2
   exit 2
 fi
-exec "${PYTHON:-python}" -m jupyter nbconvert --config "$scripts/nbconvert_config.py" --log-level=WARN --to notebook \
-  --execute "$1" --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1
+notebook=$(printf '%s\n' "$1" | sed 's/[][*?]/[&]/g') # nbconvert takes a pattern
+exec "${PYTHON:-python}" -m nbconvert --config "$scripts/nbconvert_config.py" --log-level=WARN --to notebook \
+  --execute "$notebook" --output-dir "$OUTDIR" --output "$name" --ExecutePreprocessor.timeout=-1

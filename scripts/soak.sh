@@ -4,7 +4,7 @@
 # While there is time, a sweep of two depths on the embedded digits is started, killed within 40 seconds by a random
 # signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
 # record (signals, resumptions, differences) goes to FOLDER/record.json (default results/soak), the runs to runs/soak.
-# Exit code: 0 if nothing differs.
+# Exit code: 0 if nothing differs, 1 if something does or the record cannot be made, 2 if FOLDER cannot be written.
 set -uo pipefail
 
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -13,9 +13,15 @@ check_arguments 1 "$@"
 folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
 export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
-export DEPTHS="28 46"
+export DEPTHS=${DEPTHS:-28 46}
 rm -rf "$runs"
-mkdir -p "$runs" "$folder"
+if ! mkdir -p "$runs" "$folder" 2> /dev/null || [ ! -w "$folder" ]; then
+  echo "error: $runs or $folder cannot be made or written; expected folders that can be written" >&2
+  exit 2
+fi
+group=
+trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 130' INT
+trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 143' TERM
 
 "$scripts/run_all.sh" "$runs/calm" > "$runs/calm.log" 2>&1 || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
 began=$SECONDS
@@ -34,6 +40,7 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
     if kill -s "$signal" -- "-$group" 2> /dev/null; then sent[$signal]=$((sent[$signal] + 1)); fi
     wait "$group" 2> /dev/null
     while pgrep -g "$group" > /dev/null; do sleep 0.1; done
+    group=
   done
   for run in "$sweep"/*/; do
     "$PYTHON" -m resnet_vae compare "$runs/calm/$(basename "$run")" "$run" | tee -a "$runs/compare.log"
@@ -43,7 +50,7 @@ while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
 done
 
 "$PYTHON" - "$folder" "$runs" "$rounds" "$((SECONDS - began))" "$differences" \
-  "${sent[KILL]}" "${sent[TERM]}" "${sent[INT]}" << 'PYTHON'
+  "${sent[KILL]}" "${sent[TERM]}" "${sent[INT]}" << 'PYTHON' || exit 1
 import json
 import sys
 from pathlib import Path

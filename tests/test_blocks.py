@@ -1,6 +1,7 @@
 """The blocks against a float64 NumPy computation with the same weights."""
 
 import contextlib
+from functools import partial
 
 import keras
 import numpy as np
@@ -758,6 +759,41 @@ def test_shapes_and_the_wrong_channels():
         Repeated(0, (2, 2, 6))
     with pytest.raises(ValueError, match=r"strides \(2, 2\) change the size, which the shortcut 'identity' cannot"):
         identity_block(image, 3, (2, 2, 6), strides=2)
+
+
+@pytest.mark.parametrize("kind", [ResidualBlock, partial(Repeated, 2)])
+def test_an_input_of_other_channels_or_axes_is_refused(kind):
+    """Else a convolution might take the channels for groups, in silence."""
+    block = kind((3, 6), shortcut="none")
+    block(np.zeros((1, 4, 4, 6), "float32"))
+    for given in (np.zeros((1, 4, 4, 12), "float32"), keras.Input((4, 4, 12))):
+        with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6"):
+            block(given)
+    with pytest.raises(ValueError, match="expected ndim=4, found ndim=3"):
+        kind((3, 6))(keras.Input((4, 6)))
+
+
+def test_blocks_without_weights_or_of_others_are_not_split_or_joined():
+    loop, other = Repeated(2, (2, 2, 6)), Repeated(2, (2, 3, 6), shortcut="none")
+    with pytest.raises(ValueError, match="have no weights yet"):
+        loop.split()
+    for each in (loop, other):
+        each(np.zeros((1, 4, 4, 6), "float32"))
+    before = [keras.ops.convert_to_numpy(stack) for stack in loop.stacks]
+    for given in (loop.split()[:1], [ResidualBlock((2, 2, 6))] * 2, other.split()):
+        with pytest.raises(ValueError, match="expected 2 built blocks with weights as `split` gives"):
+            loop.join(given)
+    for stack, value in zip(loop.stacks, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(stack), value)
+
+
+def test_a_convolution_within_a_block_can_be_made_anew():
+    """From its own configuration, with the initializer that on JAX compiles once."""
+    convolution = ResidualBlock((2, 2, 6), kernel_initializer=keras.initializers.HeNormal(seed=3)).convolutions[1]
+    same = keras.layers.Conv2D.from_config(convolution.get_config())
+    for layer in (convolution, same):
+        layer.build((None, 4, 4, 2))
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (convolution.kernel, same.kernel)))
 
 
 def test_the_other_order_of_axes_is_refused():

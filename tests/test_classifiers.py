@@ -1,5 +1,7 @@
 """The classifiers against the papers' counts and against keras.applications."""
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -69,6 +71,16 @@ def test_outputs_of_keras_applications_with_its_weights():
     take_weights(ours, theirs)
     images = RNG.uniform(-1, 1, (2, 64, 64, 3)).astype("float32")
     np.testing.assert_allclose(ours.predict(images, verbose=0), theirs.predict(images, verbose=0), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_of_a_deeper_network_are_refused():
+    """Its first blocks would fit; nothing is copied."""
+    counts = enumerate((3, 4, 23, 3), start=2)
+    names = [f"conv{stage}_block{number + 1}_1_conv" for stage, count in counts for number in range(count)]
+    theirs = SimpleNamespace(name="resnet101", layers=[SimpleNamespace(name=name) for name in names])
+    model = build_classifier("resnet50", (32, 32, 3), 7, width=1 / 16)
+    with pytest.raises(UserError, match="resnet50 has 6 blocks in stage 3 and resnet101 23; expected a classifier of"):
+        take_weights(model, theirs)
 
 
 def test_what_is_asked_for_is_what_is_built():

@@ -257,6 +257,22 @@ def test_data_sets_are_the_same_where_they_are_one():
     assert data != load("digits")
 
 
+def test_colours_become_grey_as_pillow_has_it_and_grey_becomes_all_colours(tmp_path):
+    """Pure green is 150 of 255: by ITU-R 601-2 the three channels count 0.299, 0.587 and 0.114."""
+    green = np.zeros((20, 8, 8, 3), "uint8")
+    green[..., 1] = 255
+    np.savez(tmp_path / "green.npz", x_train=green)
+    np.savez(tmp_path / "grey.npz", x_train=np.full((20, 8, 8, 1), 77, "uint8"))
+    np.savez(tmp_path / "two.npz", x_train=np.zeros((20, 8, 8, 2), "uint8"))
+    assert np.all(load_data(Config(dataset=str(tmp_path / "green.npz"), image_shape=(8, 8, 1))).train == 150)
+    assert np.all(load_data(Config(dataset=str(tmp_path / "grey.npz"), image_shape=(8, 8, 3))).train == 77)
+    with pytest.raises(DataError, match=r"images of 2 channels cannot be brought to .* 3; set IMAGE_SHAPE=8x8x2"):
+        load_data(Config(dataset=str(tmp_path / "two.npz"), image_shape=(8, 8, 3)))
+    Image.fromarray(green[0]).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="IMAGE_SHAPE has 2 channels; image files have 1, 3 or 4"):
+        load_data(Config(dataset=str(tmp_path), image_shape=(8, 8, 2)))
+
+
 def test_images_are_cut_at_the_middle_and_resized_smoothly(tmp_path):
     """Black and white files of one bit are grey; classes are the folders below the top, whatever is below these."""
     picture = np.zeros((8, 32), bool)

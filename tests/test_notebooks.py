@@ -119,12 +119,55 @@ def kernels_that_ignore_sigint(text):
 
 
 @once("the scripts are the same on every backend")
+def test_a_soak_is_recorded(tmp_path):
+    """One sweep, killed now and then."""
+    done = subprocess.run(
+        [HOME / "scripts" / "soak.sh", "record"],
+        cwd=tmp_path,
+        env=environment(soak_seconds=0, epochs=1, depths="28"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record" / "record.json").read_text())
+    assert (record["sweeps"], record["runs"], record["runs_that_differ"]) == (1, 1, 0)
+    assert (record["backend"], record["devices"]) == ("tensorflow", ["cpu:0"])
+    assert (tmp_path / "runs" / "soak" / "compare.log").read_text() == "differences: 0\n"
+
+
+@once("the package is used in the same way on every backend")
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """One block after the other, with less to train."""
+    monkeypatch.chdir(tmp_path)
+    text = (HOME / "README.md").read_text()
+    blocks = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks)
+    for given, less in (("resnet_depth=40, width=0.25, epochs=20", "width=0.0625, epochs=1"), ("epochs=2", "epochs=1")):
+        assert code.count(given) == 1
+        code = code.replace(given, less)
+    names = {}
+    exec(code, names)
+    assert names["images"].shape == (1295, 16, 16, 1)
+    assert names["model"].output_shape == (None, 5)
+
+
+@once("the scripts are the same on every backend")
 def test_a_signal_while_the_kernel_starts_is_not_lost(tmp_path):
-    """The kernel ignores it then; no cell is begun afterwards."""
+    """The kernel ignores it then; no cell is begun afterwards.
+
+    In a folder whose name is a pattern, too, and with another Python's Jupyter before this one's.
+    """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time\ntime.sleep(300)")])
-    nbformat.write(notebook, tmp_path / "long.ipynb")
-    command = [HOME / "scripts" / "run_notebook.sh", tmp_path / "long.ipynb", tmp_path / "out"]
-    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    (tmp_path / "old [copy]").mkdir()
+    nbformat.write(notebook, tmp_path / "old [copy]" / "long.ipynb")
+    (tmp_path / "jupyter-nbconvert").write_text("#!/bin/sh\nexit 3")
+    (tmp_path / "jupyter-nbconvert").chmod(0o755)
+    command = [HOME / "scripts" / "run_notebook.sh", tmp_path / "old [copy]" / "long.ipynb", tmp_path / "out"]
+    environ = environment()
+    environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
+    options = {"env": environ, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **options)
     deadline = time.monotonic() + 200
     while not (seen := kernels_that_ignore_sigint(str(tmp_path / "out"))) and time.monotonic() < deadline:

@@ -550,11 +550,13 @@ def test_verify_tells_what_does_not_match(tmp_path, spoil, told):
     assert told in "\n".join(verify(copy))
 
 
-@pytest.mark.parametrize("part", ["reconstruction", "kl", "loss"])
+@pytest.mark.parametrize("part", ["reconstruction", "kl", "loss", "floor"])
 def test_test_images_that_were_the_validation_images_have_its_figures(tmp_path, part):
     copy = shutil.copytree(RESULTS / "table1-elbo-seeds", tmp_path / "copy")
-    change("seed-1/metrics.json", f'(test": {{[^}}]*"{part}"): [^,]*', scaled(1.01))(copy)
-    assert f"has another test {part} than that of the validation on the same images" in "\n".join(verify(copy))
+    place = '("test_floor"): [^\n]*' if part == "floor" else f'(test": {{[^}}]*"{part}"): [^,]*'
+    told = "test_floor than validation_floor, of" if part == "floor" else f"test {part} than that of the validation on"
+    change("seed-1/metrics.json", place, scaled(1.01))(copy)
+    assert f"has another {told} the same images" in "\n".join(verify(copy))
 
 
 def test_an_evaluation_is_told_what_its_loss_is(tmp_path):

@@ -139,14 +139,15 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
 def test_scripts_tell_what_they_do_and_take_no_option_for_a_folder(tmp_path, script):
     kept = tmp_path / "runs" / "soak" / "kept"
     kept.mkdir(parents=True)
-    for words, code in (["--help"], 0), (["-h"], 0), (["a.ipynb", "--folder"], 2), (["a.ipynb", "b", "c"], 2):
+    for words, code in (["--help"], 0), (["-h"], 0), (["a", "--folder"], 2), (["a", "b", "c"], 2), ([""], 2):
         done = subprocess.run(
             [SCRIPTS / f"{script}.sh", *words], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == code
         if code:
             assert not done.stdout
-            assert re.fullmatch("error: (--folder is no option|c is one argument too many); expected .*\n", done.stderr)
+            told = "--folder is no option|c is one argument too many|an argument is empty"
+            assert re.fullmatch(f"error: ({told}); expected .*\n", done.stderr)
         else:
             head, *rest = done.stdout.splitlines()
             assert f"{script}.sh" in head

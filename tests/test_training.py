@@ -372,6 +372,12 @@ def test_a_finished_run_whose_record_is_damaged_is_told(copied_run):
         is_finished(Config(**TINY, outdir=str(copied_run)))
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("resnet_vae.records.os.access", lambda *_: False)  # which root always has
+    with pytest.raises(RecordError, match=r"run': .* cannot be written; choose another OUTDIR"):
+        is_finished(Config(**TINY, outdir=str(tmp_path / "run")))
+
+
 def test_training_leaves_the_callers_random_numbers_alone(tmp_path, monkeypatch):
     """Or else a search that draws its settings would draw the same ones after each training."""
     monkeypatch.setattr("resnet_vae.training._train", lambda *_: keras.utils.set_random_seed(0))
@@ -1092,10 +1098,12 @@ def test_the_checkpoint_goes_when_the_run_is_finished_and_not_before(tmp_path, m
 
 def test_training_saves_before_an_epochs_last_step_or_with_its_figures_and_puts_handlers_back(tmp_path, monkeypatch):
     places, before = [], [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(Training, "save", lambda self: places.append((self.step, self.figures is None)))
+    monkeypatch.setattr(checkpoints, "save", lambda folder, values, arrays: places.append(values))
+    monkeypatch.setattr("resnet_vae.training.SHARE", 1e9)  # of the time that saving may take
     config = Config(**{**TINY, "epochs": 1, "checkpoint_seconds": 0}, cmdline=True)
     training = Training(config, load_data(config), tmp_path)
     training.run()
+    places = [(values["step"], values["figures"] is None) for values in places]
     assert (training.steps - 1, True) in places
     assert places.count((training.steps, False)) == 1  # not for each batch of the validation
     assert (training.steps, True) not in places

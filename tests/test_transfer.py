@@ -170,6 +170,18 @@ def test_what_an_adapted_network_trains(network, options, trained, counted):
     assert bool(changed - moving - last) == trained
 
 
+def test_what_was_adapted_is_adapted_again():
+    """Also to be trained with the batch's moments, which it was not before."""
+    source = disturb(classifier())
+    again = adapt(adapt(source, 4), 3, batch_statistics=True)
+    before = again.get_layer("features").get_layer("stem_bn").get_weights()[2]
+    again.compile("sgd", "sparse_categorical_crossentropy")
+    again.fit(RNG.uniform(0, 1, (12, 8, 8, 1)).astype("float32"), np.arange(12) % 3, verbose=0)
+    assert np.any(source.get_layer("stem_bn").get_weights()[2] != before)
+    with pytest.raises(ValueError, match="expected a functional model"):
+        adapt(keras.Sequential(), 3)
+
+
 def test_what_was_frozen_is_thawed():
     source = build_vae(Config(**TINY), (8, 8, 1))
     everything = len(source.encoder.trainable_weights)
