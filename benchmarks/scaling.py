@@ -6,21 +6,21 @@ import statistics
 import sys
 from pathlib import Path
 
-from speed import BASE, BenchmarkError, measure, run, write_ran_on, write_rows
+from speed import BASE, BenchmarkError, at_least, measure, run, write
 
 from resnet_vae.records import code
 
-BASE = BASE.replace(width=0.25, precision="float32")
+SMALL = BASE.replace(width=0.25, precision="float32")
 AXES = {  # what grows → its name in the figure, its values, and the configuration of a value
-    "depth": ("depth", (28, 52, 100, 250, 502, 1000), lambda depth: BASE.replace(resnet_depth=depth)),
+    "depth": ("depth", (28, 52, 100, 250, 502, 1000), lambda depth: SMALL.replace(resnet_depth=depth)),
     "depth_remat": (
         "depth, REMAT",
         (100, 250, 502, 1000),
-        lambda depth: BASE.replace(resnet_depth=depth, remat=True),
+        lambda depth: SMALL.replace(resnet_depth=depth, remat=True),
     ),
-    "width": ("width", (0.125, 0.25, 0.5, 1.0), lambda width: BASE.replace(width=width)),
-    "side": ("image side, pixels", (16, 32, 64, 128), lambda side: BASE.replace(image_shape=(side, side, 3))),
-    "batch": ("batch", (8, 25, 100, 256), lambda batch: BASE.replace(batch_size=batch)),
+    "width": ("width", (0.125, 0.25, 0.5, 1.0), lambda width: SMALL.replace(width=width)),
+    "side": ("image side, pixels", (16, 32, 64, 128), lambda side: SMALL.replace(image_shape=(side, side, 3))),
+    "batch": ("batch", (8, 25, 100, 256), lambda batch: SMALL.replace(batch_size=batch)),
 }
 COLUMNS = {  # name in the CSV → (heading, format)
     "axis": ("What grows", "{}"),
@@ -78,7 +78,7 @@ def draw(rows):
         ):
             panel.loglog(values, [row[cost] for row in own], "o-")
             panel.set_title(f"exponent {own[-1][slope]}", fontsize="medium")
-            panel.set_xticks(values, [f"{value:g}" for value in values])
+            panel.set_xticks(values, [f"{value:g}" for value in values], fontsize="small")
             panel.minorticks_off()
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
@@ -94,23 +94,25 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"), help="where the record goes")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows")
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger values than this")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each size")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each size")
     parser.add_argument("--seconds", type=float, default=5, help="of a round, about; at least three training steps")
     chosen = parser.parse_args(arguments)
-    rows, of_code = [], code()
+    for axis in chosen.axes:
+        if chosen.most < (least := AXES[axis][1][0]):
+            parser.error(f"--most {chosen.most:g} leaves nothing of {axis}; expected {least:g} or more")
+    rows, failed, of_code = [], [], code()
     for axis in chosen.axes:
         _, values, make_config = AXES[axis]
         values = [value for value in values if value <= chosen.most]
         try:
             rows += grow(axis, values, make_config, chosen.rounds, chosen.seconds)
+            write(
+                chosen.folder / "scaling", rows, COLUMNS, draw(rows), of_code
+            )  # so that an interruption costs one axis
         except BenchmarkError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    write_rows(chosen.folder / "scaling", rows, COLUMNS)
-    draw(rows).savefig(chosen.folder / "scaling.png", dpi=120)
-    write_ran_on(chosen.folder, of_code)
-    return 0
+            print(f"error: {axis}: {error}; the axis is left out", file=sys.stderr)
+            failed.append(axis)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -300,29 +300,40 @@ def measure(case, config, names, rounds, seconds):
     return rows
 
 
-def write_rows(path, rows, columns):
-    """Write rows as path.csv and path.md; columns is name in the CSV → (heading, format)."""
+def write(path, rows, columns, figure, of_code):
+    """Write path.csv, .md and .png, and record.json beside them.
+
+    Args:
+        path: without a suffix; its folder is made.
+        rows: dicts.
+        columns: name in the CSV → (heading, format).
+        figure: a matplotlib Figure.
+        of_code: what `code` told when it was imported.
+    """
+    import keras
+
+    from resnet_vae.plots import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     rounded = [{key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     write_text(path.with_suffix(".csv"), csv_text(rounded, columns))
     headings = [heading for heading, _ in columns.values()]
     lines = [headings, ["---", "---", *["---:"] * (len(headings) - 2)]]
     lines += [[form.format(row[name]) for name, (_, form) in columns.items()] for row in rows]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    save(figure, path.with_suffix(".png"))
+    write_record(path.parent, environment(keras.backend.backend(), devices()) | of_code)
 
 
-def write(folder, rows, of_code):
-    """Write speed.csv, speed.md, speed.png and record.json; the code is of `code`, when it was imported."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "speed", rows, COLUMNS)
-    draw(rows).savefig(folder / "speed.png", dpi=120)
-    write_ran_on(folder, of_code)
+def at_least(least):
+    """The type of an option: a whole number, not smaller than this."""
 
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is too few; expected {least} or more")
+        return int(text)
 
-def write_ran_on(folder, of_code):
-    """Write record.json: what the contestants ran on, and the hashes of the tables and the figure."""
-    import keras
-
-    write_record(folder, environment(keras.backend.backend(), devices()) | of_code)
+    return number
 
 
 def draw(rows):
@@ -367,7 +378,7 @@ def main(arguments=None):
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES, metavar="CASE", help=_listed(CASES))
     contestants = {"choices": CONTESTANTS, "default": contestants_here(), "metavar": "CONTESTANT"}
     parser.add_argument("--contestants", nargs="+", help=_listed(CONTESTANTS), **contestants)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, default=10, help="of the quickest contestant's turn, about")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -378,7 +389,7 @@ def main(arguments=None):
     for case in chosen.cases:
         try:
             rows += measure(case, CASES[case], chosen.contestants, chosen.rounds, chosen.seconds)
-            write(chosen.folder, rows, of_code)  # so that an interruption costs one case
+            write(chosen.folder / "speed", rows, COLUMNS, draw(rows), of_code)  # so that an interruption costs one case
         except BenchmarkError as error:
             print(f"error: {case}: {error}; the case is left out", file=sys.stderr)
             failed.append(case)

@@ -98,7 +98,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
     config = Config(width=1 / 16, latent_dim=4, intermediate_dim=16, batch_size=4, image_shape=(8, 8, 3))
     names = ["resnet_vae float32", "plain Keras float32"]
     rows = speed.measure("tiny", config, names, rounds=2, seconds=0)
-    speed.write(tmp_path, rows, {"commit": "of the start"})
+    speed.write(tmp_path / "speed", rows, speed.COLUMNS, speed.draw(rows), {"commit": "of the start"})
     with open(tmp_path / "speed.csv", newline="") as file:
         recorded = list(csv.DictReader(file))
     assert [row["contestant"] for row in recorded] == names
@@ -111,8 +111,9 @@ def test_speed_is_measured(tmp_path, monkeypatch):
     assert verify(tmp_path) == []
     (tmp_path / "speed.md").write_text("")
     assert verify(tmp_path) == [f"{tmp_path / 'speed.md'} is not the file that was written (SHA-256)"]
-    with pytest.raises(SystemExit):
-        speed.main(["--cases", "no such case"])
+    for words in (["--cases", "no such case"], ["--rounds", "0"]):
+        with pytest.raises(SystemExit):
+            speed.main(words)
     monkeypatch.setitem(speed.CONTESTANTS, "nobody", ("torch.nonsense", "float64"))
     with pytest.raises(speed.BenchmarkError, match="nobody ended with exit code 1"):
         speed.measure("tiny", config, ["nobody"], rounds=1, seconds=0)
@@ -155,13 +156,15 @@ def test_speeds_and_ratios_are_those_of_the_answers(monkeypatch):
     assert ours["input_share"] == pytest.approx(3)
 
 
-def test_cost_as_work_grows(tmp_path, monkeypatch):
-    """Exponents of made-up costs, and the files."""
+def test_cost_as_work_grows(tmp_path, monkeypatch, capsys):
+    """Exponents of made-up costs, and the files; an axis that cannot be measured is left out."""
     import scaling
 
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
     def measure(case, config, names, rounds, seconds):
+        if config.width > 0.25:
+            raise scaling.BenchmarkError("no memory")
         cost = config.resnet_depth**1.5
         seconds = {"build_seconds": 1.0, "first_step_seconds": 1.0}
         remat.append(config.remat)
@@ -169,8 +172,13 @@ def test_cost_as_work_grows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scaling, "measure", measure)
     remat = []
-    assert scaling.main([str(tmp_path), "--axes", "depth", "batch", "depth_remat", "--most", "250"]) == 0
-    assert remat == [False] * 7 + [True] * 2
+    with pytest.raises(SystemExit):
+        scaling.main([str(tmp_path / "none"), "--axes", "batch", "depth", "--most", "20"])
+    assert "--most 20 leaves nothing of depth; expected 28 or more" in capsys.readouterr().err
+    assert not remat
+    assert scaling.main([str(tmp_path), "--axes", "depth", "width", "batch", "depth_remat", "--most", "250"]) == 1
+    assert capsys.readouterr().err == "error: width: no memory; the axis is left out\n"
+    assert remat == [False] * (4 + 2 + 3) + [True] * 2
     with open(tmp_path / "scaling.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["exponent"] for row in rows if row["exponent"]] == ["1.50", "0.00", "1.50"]

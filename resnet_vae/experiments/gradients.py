@@ -14,7 +14,7 @@ from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.experiments.chain import random_chain
 from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled, some
 from resnet_vae.experiments.record import conduct
-from resnet_vae.experiments.settings import NETWORKS
+from resnet_vae.experiments.settings import COMPARED, NETWORKS
 
 FACTORS = (0.8, 1.0, 1.6)  # of the chains' weights, whose standard deviation is this / √width
 CHAIN_WIDTH = 16
@@ -96,7 +96,7 @@ def measure(settings):
     data = load_labelled(settings)
     batch = some(data, settings.batch_size, settings.seed)
     for network, depths in zip(NETWORKS, (settings.classifier_depths, settings.vae_depths), strict=True):
-        for kind in ("plain", "residual"):
+        for kind in COMPARED:
             for depth in depths:
                 model = build_network(settings, network, kind, depth, data, settings.seed)
                 add(network, kind, depth, [of_network(network, model, *batch)])
@@ -124,7 +124,7 @@ def draw(rows):
     for network, axes in zip(networks, panels, strict=False):
         own = [row for row in rows if row["network"] == network]
         depths = sorted({row["depth"] for row in own})
-        for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
+        for kind, color in COMPARED.items():
             for number, depth in enumerate(depths):
                 chosen = [row for row in own if row["kind"] == kind and row["depth"] == depth]
                 norms, lowest, highest = ([row[name] for row in chosen] for name in ("norm", "lowest", "highest"))
@@ -139,7 +139,7 @@ def draw(rows):
     for axes in unused:
         axes.set_axis_off()
     first = figure.axes[0]
-    for kind, color in (("plain", "tab:red"), ("residual", "tab:blue")):
+    for kind, color in COMPARED.items():
         first.plot([], [], STYLES[kind], color=color, label=kind)
     first.plot([], [], color="gray", lw=0.6, label="the shallowest")
     first.plot([], [], color="gray", lw=0.6 + 0.6 * (len(depths) - 1), label="the deepest")

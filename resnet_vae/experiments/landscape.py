@@ -24,10 +24,9 @@ from resnet_vae.experiments.networks import (
     some,
 )
 from resnet_vae.experiments.record import conduct
-from resnet_vae.experiments.settings import NETWORKS
+from resnet_vae.experiments.settings import COMPARED, NETWORKS
 from resnet_vae.vae import VAE
 
-COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # kinds, and their colours
 NATS = FuncFormatter(lambda exponent, _: f"{10**exponent:.3g}")  # of axes of log10
 
 

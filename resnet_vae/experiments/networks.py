@@ -85,11 +85,11 @@ def models(build, compile_, cases):
             model = fresh
             compile_(model)
         else:
-            _restart(model, fresh)
+            _begin_anew(model, fresh)
         yield model, case
 
 
-def _restart(model, fresh):
+def _begin_anew(model, fresh):
     """Give a compiled model the weights and the noise of a fresh one, and let its optimizer forget."""
     for variable, value in zip(_state(model), _state(fresh), strict=True):
         variable.assign(value)

@@ -29,6 +29,7 @@ KINDS = {  # and their options; "zero-init" has residual blocks that start as th
     "zero-init": {"initialization": "identity"},
     "pre-activation": {"order": "pre"},
 }
+COMPARED = {"plain": "tab:red", "residual": "tab:blue"}  # two of them, and their colours
 
 
 def _check_classifier_depth(depth):
