@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import processor_seconds
+from conftest import once, processor_seconds
 from pydantic import ValidationError
 from test_results import RESULTS, write_run
 
@@ -25,6 +25,8 @@ from resnet_vae.experiments.settings import (
     Transfer,
 )
 from resnet_vae.records import is_finished
+
+pytestmark = once("no backend is asked for settings")
 
 
 def test_depths_of_the_table_have_the_posts_blocks():

@@ -10,12 +10,14 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from conftest import once
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from resnet_vae import Config, load_data
 from resnet_vae.data import DataError, _keras_home, augment, labelled
 
+pytestmark = once("no backend is asked for data")
 RNG = np.random.default_rng(0)
 
 

@@ -52,11 +52,11 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
     """Stopped within the second depth, both are kept as far as they came; the same command trains what is missing."""
     sweep = tmp_path / "sweep"
     command = [HOME / "scripts" / "run_all.sh", sweep]
-    options = {"cwd": tmp_path, "env": environment(depths="28 34:3"), "text": True}
+    options = {"cwd": tmp_path, "env": environment(depths="28 34:8"), "text": True}
     with open(tmp_path / "log", "w") as log:
         running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
         deadline = time.monotonic() + 400
-        while "epoch 1/3  loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+        while "epoch 1/8  loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
             assert running.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)  # a SIGINT is ignored where the tests run in a shell's background
@@ -75,7 +75,7 @@ def test_sweep_through_the_notebook_interrupted_and_run_again(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "depth-28: finished already" in done.stdout
     assert "going on in epoch" in done.stdout
-    assert len((sweep / "depth-34" / "history.csv").read_text().splitlines()) == 1 + 3
+    assert len((sweep / "depth-34" / "history.csv").read_text().splitlines()) == 1 + 8
     assert (sweep / "depth-28" / "metrics.json").stat().st_mtime_ns == first
     for depth in (28, 34):
         run = sweep / f"depth-{depth}"

@@ -442,6 +442,7 @@ def test_no_runs_is_told(tmp_path):
         write_table(read_sweep(tmp_path), tmp_path)
 
 
+@once("tables and figures are the same on every backend")
 @pytest.mark.parametrize("recorded", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda p: p.name)
 def test_what_is_recorded_still_follows_from_itself(recorded):
     assert verify(recorded) == []
@@ -493,6 +494,7 @@ METRICS, PROVENANCE = "depth-28/metrics.json", "depth-28/provenance.json"
 CALM_HOURS = json.loads((RESULTS / "calm" / "depth-28" / "provenance.json").read_text())["seconds"] / 3600
 
 
+@once("what is compared is the same on every backend")
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, once
 from test_results import write_run
 
 from resnet_vae import Config, checkpoints
 from resnet_vae.config import ConfigError, UserError
 from resnet_vae.sweep import runs_of
 
+pytestmark = once("no backend is asked for a sweep's runs")
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 

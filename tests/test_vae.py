@@ -991,8 +991,8 @@ def test_how_other_blocks_begin(images, words):
     if "order" in words:  # where one normalisation, at the end, keeps a sum of blocks in bounds
         vae.calibrate(images, batch_size=48)
     figures = vae.evaluate(images, batch_size=48, verbose=0, return_dict=True)
-    assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.5)
-    assert np.isfinite(figures["kl"])
+    assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.15)
+    assert 0 <= figures["kl"] < 1
     steps = [layer for layer in vae.encoder.layers if isinstance(layer, ResidualBlock)]
     assert {layer.shortcut_kind for layer in steps[:1]} == {words.get("shortcut", "pool")}
 
@@ -1007,7 +1007,7 @@ def test_a_thousand_layers_start_calmly_and_learn(images, tmp_path):
     few = images[:4, 4:12, 4:12]
     vae.compile(AdamW(4e-3))
     losses = vae.fit(few, batch_size=4, epochs=6, verbose=0).history["loss"]
-    assert losses[0] < 1e4
+    assert losses[0] < 90  # a grey picture is at 44
     assert losses[-1] < losses[0]
     vae.save(tmp_path / "vae.keras")
     loaded = keras.saving.load_model(tmp_path / "vae.keras")
