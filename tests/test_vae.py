@@ -542,7 +542,7 @@ def test_log_variances_are_limited(images, initialization):
     loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(vae.encoder))
     loaded.set_weights(vae.encoder.get_weights())
     for encoder in (vae.encoder, loaded):
-        np.testing.assert_array_equal(encoder(images[:1])[1], [np.resize([-20, 0.5, 10], 8)])
+        np.testing.assert_array_equal(to_numpy(encoder(images[:1])[1]), [np.resize([-20, 0.5, 10], 8)])
 
 
 def test_a_vae_from_its_configuration(tiny_vae):
@@ -991,7 +991,7 @@ def test_how_other_blocks_begin(images, words):
     if "order" in words:  # where one normalisation, at the end, keeps a sum of blocks in bounds
         vae.calibrate(images, batch_size=48)
     figures = vae.evaluate(images, batch_size=48, verbose=0, return_dict=True)
-    assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.15)
+    assert figures["reconstruction"] == pytest.approx(256 * np.log(2), rel=0.25)
     assert 0 <= figures["kl"] < 1
     steps = [layer for layer in vae.encoder.layers if isinstance(layer, ResidualBlock)]
     assert {layer.shortcut_kind for layer in steps[:1]} == {words.get("shortcut", "pool")}
