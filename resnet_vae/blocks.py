@@ -352,7 +352,7 @@ class Repeated(layers.Layer):
         filters: of a block's convolutions; the input has the last as its number of channels.
         kernel_size: of a block.
         remat: keep only the blocks' inputs for the gradient and compute what is within a block a second time
-            (https://arxiv.org/abs/1604.06174), when called with training=True.
+            (https://arxiv.org/abs/1604.06174), when called with training=True and not frozen.
         **options: further ones of `ResidualBlock`, named in OPTIONS, and those of any layer.
 
     Input and output (batch, height, width, filters[-1]). It is frozen as a whole; `split` gives parts to freeze.
@@ -463,6 +463,7 @@ class Repeated(layers.Layer):
                 keeps its own.
         """
         self._check_built()
+        blocks = list(blocks)
         given = [[tuple(weight.shape) for weight in _weights(block)] for block in blocks]
         expected = [[tuple(stack.shape[1:]) for stack in self.stacks]] * self.count
         if given != expected:
@@ -497,13 +498,14 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
         x: tensor (batch, height, width, filters[-1]).
         kernel_size: k, of a bottleneck block's middle convolution or of both of a basic block's.
         filters: of the convolutions: three for a bottleneck block, two for a basic one.
-        **options: further ones of `ResidualBlock`; shortcut "none" makes it a part of a plain network.
+        **options: further ones of `ResidualBlock`; shortcut "none" makes it a part of a plain network, which may
+            change the channels.
 
     Returns:
         Tensor of the shape of `x`.
 
     Raises:
-        ValueError: as of `ResidualBlock`; the channels of `x` are not filters[-1], which only a shortcut "none" allows.
+        ValueError: as of `ResidualBlock`; the channels of `x` are not filters[-1].
     """
     return ResidualBlock(filters, kernel_size, **options)(x)
 

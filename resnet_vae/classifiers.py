@@ -181,7 +181,8 @@ def load_imagenet(model):
     They expect images as `keras.applications.resnet.preprocess_input` makes them: blue first, means subtracted.
 
     Raises:
-        UserError: another classifier, one of other blocks, or the weights cannot be downloaded.
+        UserError: another classifier, one of other blocks, width, stem or channels of the images, or the weights cannot
+            be downloaded.
     """
     name = model.name.replace("resnet", "ResNet")
     if name not in ("ResNet50", "ResNet101", "ResNet152"):

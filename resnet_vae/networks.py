@@ -35,6 +35,17 @@ class ImageModel(keras.Model):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
+class Bound(layers.Layer):
+    """Clip log-variances to LOG_VAR_RANGE, (batch, latent) → the same, so that exp never overflows."""
+
+    def call(self, x):
+        return ops.clip(x, *LOG_VAR_RANGE)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
 class Conv2DTranspose(layers.Conv2DTranspose):
     """Keras's transposed convolution, of side 1, without strides and with a bias, as a product of matrices.
 
@@ -173,7 +184,7 @@ def build_encoder(config, image_shape):
 
     mean = head("mean", "lecun_normal" if identity else "glorot_uniform", config.mean_l2)
     log_var = head("log_var", "zeros" if identity else "glorot_uniform", config.log_var_l2)
-    log_var = ops.clip(log_var, *LOG_VAR_RANGE)
+    log_var = Bound(name="log_var_bound", dtype="float32")(log_var)
     return ImageModel(images, [mean, log_var], name="encoder")
 
 

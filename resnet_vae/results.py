@@ -12,7 +12,6 @@ from resnet_vae.records import (
     csv_text,
     environment,
     model_of,
-    read_json,
     read_run,
     write_json,
     write_text,
@@ -104,7 +103,7 @@ def evaluate_run(folder, dataset):
         ("ran_on", as in provenance.json). It is also written to evaluation-NAME.json in the run's folder.
 
     Raises:
-        UserError: no such run or data, or the file is of another data set of that name.
+        UserError: no such run, or no such data.
     """
     check_dataset(dataset)
     run, vae = load_run(folder)
@@ -115,10 +114,6 @@ def evaluate_run(folder, dataset):
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     asked = run.config.replace(dataset=dataset, validation="test")
     name, images, fingerprint = load_test_images(asked, run.provenance["data"]["fingerprint"])
-    path = run.folder / f"evaluation-{name.removesuffix('.npz')}.json"
-    before = read_json(path) if path.exists() else None
-    if isinstance(before, dict) and before.get("dataset") != dataset and before.get("fingerprint") != fingerprint:
-        raise UserError(f"{path} is of {before.get('dataset')}; move it away, or rename {dataset}")
     result = {
         "dataset": dataset,
         "data": name,
@@ -130,7 +125,7 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(path, result)
+    write_json(run.folder / f"evaluation-{name.removesuffix('.npz')}.json", result)
     return result
 
 

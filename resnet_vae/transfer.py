@@ -104,9 +104,8 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
             f"{model.name} makes outputs of shape {model.output_shape[1:]}; expected a classifier, a VAE or its encoder"
         )
     inputs, outputs = model.inputs, model.outputs[0] if len(model.outputs) == 2 else model.layers[-1].input
-    for layer in model.layers:
-        if isinstance(layer, Features):  # of a network that was adapted before
-            inputs, outputs = layer.inputs, layer.outputs[0]
+    if [layer.name for layer in model.layers[1:-1]] == ["features"]:  # of a network that was adapted before
+        inputs, outputs = model.layers[1].inputs, model.layers[1].outputs[0]
     features = (keras.Model if batch_statistics else Features)(inputs, outputs, name="features")
     for layer in features.layers:  # not `features` as a whole: set to what it already is, it would not reach them
         layer.trainable = not frozen

@@ -430,6 +430,10 @@ class VAE(_Model):
             for generator, state in zip(generators, states, strict=True):
                 generator.state.assign(state)
 
+    def compile_from_config(self, config):
+        """Compile as a saved model was; whether by XLA, as it suits here: where it was saved there may be a GPU."""
+        super().compile_from_config({**config, "jit_compile": "auto"})
+
     def get_config(self):
         return {
             **super().get_config(),

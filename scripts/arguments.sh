@@ -6,7 +6,7 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
   for argument in "$@"; do
     case $argument in
       "")
-        echo "error: an argument is empty; expected a folder, or no argument; see $0 --help" >&2
+        echo "error: an argument is empty; expected a path, or no argument; see $0 --help" >&2
         exit 2
         ;;
       -h | --help)

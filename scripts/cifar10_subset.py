@@ -2,7 +2,8 @@
 
 The first 1,017 images of each of the archive's six batches, five of training images and one of test images, with their
 labels: what results/README.md calls cifar10-lossless-subset.npz (default: data/cifar10-lossless-subset.npz). Keras
-downloads CIFAR-10 once, 170 MB. Exit code: 0 if the file holds the images of the records, 2 if it cannot be made.
+downloads CIFAR-10 once, 170 MB. Exit code: 0 if the file holds the images of the records, 2 if it cannot be made, 130
+when interrupted.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 # While there is time, a sweep of two depths on the embedded digits is started, killed within 40 seconds by a random
 # signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
 # record (signals, resumptions, differences) goes to FOLDER/record.json (default results/soak), the runs to runs/soak.
-# Exit code: 0 if nothing differs, 1 if something does or the record cannot be made, 2 if FOLDER cannot be written.
+# Exit code: 0 if nothing differs, 1 if something does or the record cannot be made, 2 if FOLDER cannot be written, 130
+# or 143 when interrupted.
 set -uo pipefail
 
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -23,15 +24,20 @@ group=
 trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 130' INT
 trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 143' TERM
 
-"$scripts/run_all.sh" "$runs/calm" > "$runs/calm.log" 2>&1 || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
+start() { # a sweep, in a process group of its own, so that all of it dies
+  setsid env --default-signal=INT "$scripts/run_all.sh" "$1" >> "$1.log" 2>&1 &
+  group=$!
+}
+
+start "$runs/calm"
+wait "$group" || { echo "error: the calm sweep failed: $runs/calm.log" >&2; exit 1; }
 began=$SECONDS
 declare -A sent=([KILL]=0 [TERM]=0 [INT]=0)
 rounds=0 differences=0
 while [ $((SECONDS - began)) -lt "$limit" ] || [ "$rounds" -eq 0 ]; do
   sweep=$runs/round-$((rounds + 1))
   until [ -f "$sweep/table.md" ]; do
-    setsid env --default-signal=INT "$scripts/run_all.sh" "$sweep" >> "$sweep.log" 2>&1 & # a process group of its own, so that all of it dies
-    group=$!
+    start "$sweep"
     for _ in $(seq $((RANDOM % 400))); do # tenths of a second
       kill -0 "$group" 2> /dev/null || break
       sleep 0.1

@@ -173,11 +173,16 @@ def test_what_an_adapted_network_trains(network, options, trained, counted):
 def test_what_was_adapted_is_adapted_again():
     """Also to be trained with the batch's moments, which it was not before."""
     source = disturb(classifier())
-    again = adapt(adapt(source, 4), 3, batch_statistics=True)
+    first = adapt(source, 4)
+    own = keras.Sequential([first.get_layer("features"), keras.layers.Dense(6), keras.layers.Dense(3)])
+    assert adapt(own, 5).get_layer("features").output.shape == (None, 6)
+    again = adapt(first, 3, batch_statistics=True)
     before = again.get_layer("features").get_layer("stem_bn").get_weights()[2]
     again.compile("sgd", "sparse_categorical_crossentropy")
     again.fit(RNG.uniform(0, 1, (12, 8, 8, 1)).astype("float32"), np.arange(12) % 3, verbose=0)
     assert np.any(source.get_layer("stem_bn").get_weights()[2] != before)
+    adapt(source, 4, frozen=True)
+    assert len(adapt(again, 5).trainable_weights) == len(source.trainable_weights)
     with pytest.raises(ValueError, match="expected a functional model"):
         adapt(keras.Sequential(), 3)
 

@@ -728,6 +728,15 @@ def test_an_exported_vae_encodes_and_decodes(tiny_vae, images, tmp_path):
     assert 0 <= output.min() < output.max() <= 1
 
 
+def test_a_loaded_model_is_compiled_by_xla_where_that_suits(tiny_vae):
+    """And not because it was saved where there is a GPU."""
+    tiny_vae.compile("adam", jit_compile=True)
+    saved = tiny_vae.get_compile_config()
+    assert saved["jit_compile"]
+    tiny_vae.compile_from_config(saved)
+    assert tiny_vae.jit_compile == (keras.backend.backend() == "jax")
+
+
 def test_sample_weight_is_refused(tiny_vae, images):
     with pytest.raises(ValueError, match="sample_weight is not supported"):
         tiny_vae.compute_loss(images, None, images, sample_weight=np.ones(len(images)))
