@@ -193,8 +193,19 @@ def check_data_of(config, data):
     """Refuse data that are not what `load_data` loads for a configuration, as far as they tell.
 
     Raises:
-        DataError: another name, image shape, or choice of validation or test images.
+        DataError: images that are not uint8 arrays of one shape, one or more of each part; no fingerprint; another
+            name, image shape, or choice of validation or test images.
     """
+    for role in ("train", "validation", "test"):
+        images = getattr(data, role)
+        shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", type(images).__name__)
+        if dtype != "uint8" or len(shape) != 4 or not shape[0] or shape[1:] != data.train.shape[1:]:
+            raise DataError(
+                f"these data's {role} images are {dtype} of shape {tuple(shape)}; expected uint8 arrays (images, "
+                "height, width, channels), one image or more, all of one shape"
+            )
+    if not isinstance(data.fingerprint, str):
+        raise DataError(f"these data's fingerprint is {data.fingerprint!r}; expected a text that is theirs alone")
     given = (data.name, data.image_shape, "test" if data.validation is data.test else "holdout", data.seed)
     shape = config.recipe()["image_shape"] or data.image_shape
     asked = (
@@ -230,7 +241,8 @@ def entropy_floor(images):
     level = np.arange(1, 255) / 255
     entropy = np.zeros(256)
     entropy[1:255] = -level * np.log(level) - (1 - level) * np.log1p(-level)
-    parts = (images[start : start + 1000] for start in range(0, len(images), 1000))  # counting copies them to int64
+    step = max(1, 2**20 // max(1, math.prod(images.shape[1:])))  # images at a time: counting copies them to int64
+    parts = (images[start : start + step] for start in range(0, len(images), step))
     return float(sum(np.bincount(part.ravel(), minlength=256) for part in parts) @ entropy / len(images))
 
 
@@ -508,7 +520,11 @@ def _levels(path, images):
             f"{path}: {images.dtype} images run from {low:.9g} to {high:.9g}; expected 0 to {limit} "
             "(floats lie in [0, 1], whole numbers in 0 to 255)"
         )
-    return np.round(images * (255 if limit == 1 else 1)).astype("uint8")
+    levels = np.empty(images.shape, "uint8")
+    for start in range(0, len(images), 1000):  # in parts: no second copy in the array's own type
+        part = slice(start, start + 1000)
+        levels[part] = np.round(images[part] * (255 if limit == 1 else 1))
+    return levels
 
 
 def _folder(path, shape):

@@ -279,13 +279,17 @@ def _finish(figure, validation, training):
 def _swept(run, runs):
     """The run's values of what was swept, as "shortcut none"; of the epochs only where nothing else tells runs apart.
 
-    Deeper networks are given fewer epochs, which is no other line of the figure. More than a few are told by the name
-    of the run's folder.
+    Deeper networks are given fewer epochs, which is no other line of the figure. More than a few, and runs of one
+    recipe, as on two backends, are told by the name of the run's folder.
     """
     names = swept(runs, SHOWN - {"width"})
-    if len({(describe(each), *_values(each, names)) for each in runs}) < len(runs):
+
+    def told_apart():
+        return len({(describe(each), *_values(each, names)) for each in runs}) == len(runs)
+
+    if not told_apart():
         names = swept(runs, SHOWN - {"width", "epochs"})
-    return _values(run, names) if len(names) <= FEW else [_literal(run.folder.name)]
+    return _values(run, names) if len(names) <= FEW and told_apart() else [_literal(run.folder.name)]
 
 
 def _values(run, names):

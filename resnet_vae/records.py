@@ -5,6 +5,7 @@ metrics.json: a run with metrics.json is finished. Its pictures are drawn afterw
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 
-from resnet_vae.config import Config, ConfigError, UserError
+from resnet_vae.config import DATASETS, Config, ConfigError, UserError
 from resnet_vae.devices import processor
 
 FIGURES = ("loss", "reconstruction", "kl", "penalty")  # of every epoch and every evaluation
@@ -197,12 +199,12 @@ def is_finished(config, data=None):
     """
     folder = config.folder
     if not (folder / "metrics.json").exists():
-        _check_place(folder)
+        _check_place(config)
         return False
     _read(folder / "metrics.json", _Metrics)
-    recorded = read_config(folder).recipe()
-    asked = config.recipe()
-    if asked["image_shape"] is None:
+    former = read_config(folder)
+    recorded, asked = former.recipe(), config.recipe()
+    if asked["image_shape"] is None and former.origins["image_shape"] == "default":  # both as the data have it
         asked["image_shape"] = recorded["image_shape"]
     differing = [
         f"{name.upper()} {recorded[name]} there, {asked[name]} here" for name in asked if asked[name] != recorded[name]
@@ -217,8 +219,9 @@ def is_finished(config, data=None):
     return True
 
 
-def _check_place(folder):
-    """Refuse a folder that can be neither written nor made, or that holds another kind of record."""
+def _check_place(config):
+    """Refuse a folder that can be neither written nor made, or that holds something else, or is among the images."""
+    folder = config.folder
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise RecordError(f"OUTDIR is {str(folder)!r}: {there} is no folder; choose another OUTDIR")
@@ -227,6 +230,14 @@ def _check_place(folder):
     if (folder / "record.json").exists() or any(folder.glob("*/config.json")):
         raise RecordError(
             f"OUTDIR is {str(folder)!r}, the folder of a sweep, an experiment or a benchmark; choose another OUTDIR"
+        )
+    if (folder / "config.json").exists():  # of a run that is not finished, or of another program
+        read_config(folder)
+    images = Path(os.path.expanduser(config.dataset)).resolve()
+    if config.dataset not in DATASETS and images.is_dir() and images in (folder.resolve(), *folder.resolve().parents):
+        raise RecordError(
+            f"OUTDIR is {str(folder)!r}, within the folder of images, where its pictures would become images; choose "
+            "another OUTDIR"
         )
 
 
@@ -302,7 +313,7 @@ def whole(path):
         RecordError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
-    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f"partial-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         yield partial
         sync(partial)
@@ -321,6 +332,9 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as file systems say that cannot do it
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 """From run folders to tables: reading runs back, and the results table in Markdown, CSV and LaTeX."""
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -105,6 +106,7 @@ def evaluate_run(folder, dataset):
     Raises:
         UserError: no such run, or no such data.
     """
+    dataset = os.fspath(dataset)
     check_dataset(dataset)
     run, vae = load_run(folder)
     import keras
@@ -195,19 +197,27 @@ def table_rows(runs):
     return rows + [{**dict.fromkeys(columns(runs)), **post, **row} for row in POST]
 
 
+def _differing(runs, value):
+    """The runs' folders by a value of each, as "a, b: x; c: y"; nothing where all have the same."""
+    alike = {}
+    for run in runs:
+        alike.setdefault(value(run), []).append(run.folder.name)
+    return "; ".join(f"{', '.join(names)}: {each}" for each, names in alike.items()) if len(alike) > 1 else ""
+
+
 def notes(runs):
     """What a reader of the table must know, a sentence each."""
     remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
     names = sorted({run.provenance["data"]["name"] for run in runs})
     remarks.append(f"Images: {', '.join(names)}.")
     for name in names:
-        alike = {}
-        for run in runs:
-            if run.provenance["data"]["name"] == name:
-                alike.setdefault(run.provenance["data"].get("fingerprint"), []).append(run.folder.name)
-        if len(alike) > 1:
-            told = "; ".join(f"{', '.join(folders)}: {str(mark)[:8]}" for mark, folders in alike.items())
+        own = [run for run in runs if run.provenance["data"]["name"] == name]
+        if told := _differing(own, lambda run: str(run.provenance["data"].get("fingerprint"))[:8]):
             remarks.append(f"The images of {name} are not the same in all rows, which must not be compared: {told}.")
+    told_of = [run for run in runs if {"backend", "precision"} <= set(run.provenance)]  # older records do not tell
+    kept = ["backend"] if "precision" in swept(runs) else ["backend", "precision"]  # what no column tells
+    if told := _differing(told_of, lambda run: ", ".join(run.provenance[name] for name in kept)):
+        remarks.append(f"The rows are not all of one {' and '.join(kept)}: {told}.")
     remarks.append(
         "The post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them: training and validation loss "
         "are each the lowest of all epochs, with the L2 penalty of its heads, which ours leave out; reconstruction and "

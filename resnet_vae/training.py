@@ -81,10 +81,15 @@ class Batches(keras.utils.PyDataset):
         epoch: number of the epoch, from 0.
         skip: number of batches to leave out at the beginning.
         augmentations: words of `resnet_vae.data.augment`, whose chances are a function of seed, epoch and batch.
+
+    Raises:
+        ValueError: augmentations without a seed.
     """
 
     def __init__(self, images, batch_size, seed=None, epoch=0, skip=0, augmentations=()):
         super().__init__()
+        if augmentations and seed is None:
+            raise ValueError(f"augmentations {', '.join(augmentations)} need a seed, as seed=0")
         self.images, self.batch_size, self.skip = images, min(batch_size, len(images)), skip
         self.seed, self.epoch, self.augmentations = seed, epoch, augmentations
         self.order = None if seed is None else np.random.default_rng((seed, epoch)).permutation(len(images))
@@ -351,6 +356,8 @@ class Training(keras.callbacks.Callback):
                 self._run_epoch()
             if self.saved != self._position():
                 self.save()
+            if self.signal:  # which came when no step was to follow
+                raise InterruptedTrainingError(self.signal, self.folder)
         except KeyboardInterrupt:
             if not self.signal:
                 raise

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from resnet_vae import Config, load_data
-from resnet_vae.data import DataError, _keras_home, augment, labelled
+from resnet_vae.data import DataError, _keras_home, augment, entropy_floor, labelled
 
 pytestmark = once("no backend is asked for data")
 RNG = np.random.default_rng(0)
@@ -663,6 +663,14 @@ def test_one_image_in_two_is_flipped():
     images[:, :, 0] = 255
     flipped = augment(images, ("flip",), np.random.default_rng(1))[:, 0, -1, 0] == 255
     assert 0.45 < flipped.mean() < 0.55
+
+
+def test_the_floor_of_large_images_is_that_of_their_pixels():
+    """Also of parts of a million numbers, of which one image is several."""
+    images = RNG.integers(0, 256, (3, 600, 600, 3), "uint8")
+    level = np.clip(images / 255, 1e-12, 1 - 1e-12)
+    expected = -(level * np.log(level) + (1 - level) * np.log1p(-level)).sum((1, 2, 3)).mean()
+    assert entropy_floor(images) == pytest.approx(expected, rel=1e-9)
 
 
 def test_floats_are_rounded_to_grey_levels(tmp_path):

@@ -10,7 +10,7 @@ from conftest import TINY, once
 
 from resnet_vae import Config, build_classifier, build_vae, records
 from resnet_vae.blocks import ResidualBlock
-from resnet_vae.data import Data
+from resnet_vae.data import Data, DataError
 from resnet_vae.experiments import degradation, euler, gradients, landscape, transfer
 from resnet_vae.experiments.chain import ACTIVATIONS, Chain, random_chain
 from resnet_vae.experiments.euler import EulerStep, convergence
@@ -255,6 +255,12 @@ def test_degradation_is_of_training_and_of_test_images(network, monkeypatch):
                 np.testing.assert_array_equal(each, expected)
 
 
+def test_more_labels_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr(transfer, "load_labelled", lambda settings: made_up())
+    with pytest.raises(DataError, match="LABELS holds 7, and digits has a class of 6 images; expected no more"):
+        transfer.measure(Transfer(labels="2 7"))
+
+
 def test_each_way_of_transfer_is_what_it_is_called(monkeypatch):
     """On made-up networks: what was learned before and is taken over, what stays, the rates, images and labels."""
     data, first, tuned = made_up(), [], []
@@ -353,7 +359,6 @@ def test_few_images_of_each_class_are_chosen_at_random():
     assert labels[chosen].tolist() == [1] * 5 + [2] * 5
     assert len(set(chosen)) == 10
     assert set(chosen) != set(transfer.choose(labels, (1, 2), 5, np.random.default_rng(1)))
-    assert len(transfer.choose(labels, (0,), 99, RNG)) == 20
 
 
 def test_spirals_are_learned_from_some_points_and_told_by_others(monkeypatch):

@@ -437,6 +437,23 @@ def test_runs_that_are_not_finished_are_told(sweep, capsys, monkeypatch):
     assert "| depth-40 |" not in told.out
 
 
+def test_rows_of_several_backends_or_precisions_are_told(tmp_path):
+    """Runs of one recipe on two backends are two lines, too."""
+    for name, backend, precision in (("a", "tensorflow", "float32"), ("b", "jax", "float32"), ("c", "jax", "float32")):
+        write_run(tmp_path / name, 40 if name == "c" else 28, 1850.0)
+        path = tmp_path / name / "provenance.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "backend": backend, "precision": precision}))
+    runs = read_sweep(tmp_path)
+    told = "The rows are not all of one backend and precision: a: tensorflow, float32; b, c: jax, float32."
+    assert told in write_table(runs, tmp_path)
+    assert "not all of one" not in write_table(runs[1:], tmp_path)
+    labels = [line.get_label() for line in of_sweep(runs)["losses_by_depth"].axes[0].get_lines()]
+    assert [label for label in labels if label.endswith("epochs)")] == [
+        f"negative ELBO, {name} (2 epochs)" for name in "abc"
+    ]
+    assert len([label for label in labels if not label.startswith("_")]) == 3 + 2
+
+
 def test_no_runs_is_told(tmp_path):
     with pytest.raises(UserError, match="no finished runs below it"):
         write_table(read_sweep(tmp_path), tmp_path)

@@ -80,6 +80,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert [in_order[i][0].ravel().tolist() for i in range(len(in_order))] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert np.shares_memory(in_order[0][0], images)
     assert len(Batches(images, 64, 0)) == 1
+    with pytest.raises(ValueError, match="augmentations flip need a seed, as seed=0"):
+        Batches(images, 4, augmentations=("flip",))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere these are the batches themselves")
@@ -309,7 +311,7 @@ def test_reconstructions_of_dark_images_become_bright(finished_run):
 def test_a_run_is_evaluated_on_other_data(finished_run, tmp_path):
     run, _ = load_run(finished_run)
     np.savez(tmp_path / "again.npz", x_train=load_data(run.config).train, x_test=load_data(run.config).test)
-    result = evaluate_run(finished_run, str(tmp_path / "again.npz"))
+    result = evaluate_run(finished_run, tmp_path / "again.npz")
     assert {name: result[name] for name in FIGURES} == pytest.approx(run.metrics["test"], rel=1e-5)
     assert result["floor"] == run.metrics["test_floor"]
     assert result["precision"] == run.provenance["precision"]
@@ -358,6 +360,9 @@ def test_a_run_of_other_sizes_is_another_one(tmp_path):
     write_run(tmp_path / "sweep" / "run", 28, 1850.0, **TINY, image_shape=(8, 8, 1))
     with pytest.raises(RecordError, match=told):
         is_finished(small.replace(image_shape=None, outdir=str(tmp_path / "sweep" / "run")))
+    write_run(tmp_path / "sweep" / "own", 28, 1850.0, **{**TINY, "dataset": "own.npz"}, image_shape=(8, 8, 1))
+    with pytest.raises(RecordError, match=r"IMAGE_SHAPE \[8, 8, 1\] there, None here"):
+        is_finished(own.replace(outdir=str(tmp_path / "sweep" / "own")))
 
 
 def test_a_finished_run_whose_record_is_damaged_is_told(copied_run):
@@ -371,6 +376,22 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(tmp_pat
     monkeypatch.setattr("resnet_vae.records.os.access", lambda *_: False)  # which root always has
     with pytest.raises(RecordError, match=r"run': .* cannot be written; choose another OUTDIR"):
         is_finished(Config(**TINY, outdir=str(tmp_path / "run")))
+
+
+def test_what_another_program_left_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(RecordError, match=r"config\.json cannot be read: the recorded configuration lacks values"):
+        is_finished(Config(**TINY, outdir=str(tmp_path)))
+
+
+def test_a_run_among_the_images_is_refused(tmp_path, monkeypatch):
+    """Its pictures would be images of the next run."""
+    monkeypatch.chdir(tmp_path)
+    for settings in ({"dataset": "."}, {"dataset": str(tmp_path), "outdir": "."}):
+        with pytest.raises(RecordError, match="within the folder of images, where its pictures would become images"):
+            is_finished(Config(**{**TINY, **settings}))
+    (tmp_path / "images").mkdir()
+    assert not is_finished(Config(**{**TINY, "dataset": "images"}))
 
 
 def test_training_leaves_the_callers_random_numbers_alone(tmp_path, monkeypatch):
@@ -397,6 +418,23 @@ def test_data_of_another_configuration_are_refused(tmp_path, other):
     with pytest.raises(DataError, match="these data are not the configuration's"):
         train(config, load_data(config.replace(image_shape=(8, 8, 1))))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: replace(data, train=data.train / 255), r"train images are float64 of shape \(1295, 16, 16, 1\)"),
+        (lambda data: replace(data, validation=data.test[:0]), r"validation images are uint8 of shape \(0, 16"),
+        (lambda data: replace(data, test=data.test[:, :8]), r"test images are uint8 of shape \(359, 8, 16, 1\)"),
+        (lambda data: replace(data, fingerprint=None), "fingerprint is None; expected a text that is theirs alone"),
+    ],
+    ids=["floats", "none", "another shape", "no fingerprint"],
+)
+def test_data_that_could_not_be_recorded_are_refused(tmp_path, change, told):
+    """Before they are trained on for hours."""
+    config = Config(**TINY, outdir=str(tmp_path / "run"))
+    with pytest.raises(DataError, match=told):
+        train(config, change(load_data(config)))
 
 
 def test_a_run_is_loaded_whatever_other_packages_warn_of(finished_run, monkeypatch):
@@ -765,6 +803,25 @@ def test_a_signal_before_the_first_step_leaves_no_handler(tmp_path, monkeypatch)
     with pytest.raises(InterruptedTrainingError):
         Training(config, load_data(config), tmp_path).run()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    """A loop over several trainings would go on with the next; the same command writes the record."""
+    config = Config(**{**TINY, "epochs": 1}, outdir=str(tmp_path / "run"), cmdline=True)
+    save = checkpoints.save
+
+    def signalled(folder, values, arrays):
+        save(folder, values, arrays)
+        if values["rows"]:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoints, "save", signalled)
+    with pytest.raises(InterruptedTrainingError, match="stopped by SIGTERM; the same command goes on from the check"):
+        train(config)
+    monkeypatch.undo()
+    assert not is_finished(config)
+    train(config)
+    assert is_finished(config)
 
 
 def test_what_a_training_was_is_gone_on_from(tmp_path, monkeypatch):

@@ -142,7 +142,8 @@ def draw(rows):
     for kind, color in COMPARED.items():
         first.plot([], [], STYLES[kind], color=color, label=kind)
     first.plot([], [], color="gray", lw=0.6, label="the shallowest")
-    first.plot([], [], color="gray", lw=0.6 + 0.6 * (len(depths) - 1), label="the deepest")
+    most = max(len({row["depth"] for row in rows if row["network"] == network}) for network in networks)
+    first.plot([], [], color="gray", lw=0.6 * most, label="the deepest")
     if any(row["lowest"] < row["highest"] for row in rows):
         first.fill_between([], [], [], color="gray", alpha=0.3, lw=0, label="its range over seeds")
     if unused:

@@ -28,7 +28,7 @@ WAYS = {"scratch": "tab:gray", "frozen": "tab:orange", "fine-tuned": "tab:blue"}
 
 
 def choose(labels, classes, count, rng):
-    """Numbers of `count` images of each class, or of all that there are, at random."""
+    """Numbers of `count` images of each class, at random."""
     return np.concatenate([rng.permutation(np.flatnonzero(labels == each))[:count] for each in classes])
 
 
@@ -44,6 +44,9 @@ def measure(settings):
         raise DataError(f"{settings.dataset} has {len(data.classes)} classes; expected 4 or more, two in each half")
     half = len(data.classes) // 2
     old_classes, new_classes = range(half), range(half, len(data.classes))
+    fewest, most = min(np.count_nonzero(new.labels[0] == each) for each in new_classes), max(settings.labels)
+    if most > fewest:
+        raise DataError(f"LABELS holds {most}, and {settings.dataset} has a class of {fewest} images; expected no more")
     is_old = np.isin(data.labels[0], old_classes)
     is_test = np.isin(new.labels[2], new_classes)
     test = inputs("classifier", new.test[is_test], new.labels[2][is_test] - half)
