@@ -216,7 +216,7 @@ def notes(runs):
             remarks.append(f"The images of {name} are not the same in all rows, which must not be compared: {told}.")
     told_of = [run for run in runs if {"backend", "precision"} <= set(run.provenance)]  # older records do not tell
     kept = ["backend"] if "precision" in swept(runs) else ["backend", "precision"]  # what no column tells
-    if told := _differing(told_of, lambda run: ", ".join(run.provenance[name] for name in kept)):
+    if told := _differing(told_of, lambda run: ", ".join(str(run.provenance[name]) for name in kept)):
         remarks.append(f"The rows are not all of one {' and '.join(kept)}: {told}.")
     remarks.append(
         "The post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them: training and validation loss "

@@ -203,12 +203,11 @@ def test_the_figures_are_drawn_though_nobody_reads_the_table(sweep):
 
 
 def test_a_table_that_cannot_be_written_is_told_in_a_line(sweep, capsys, monkeypatch):
-    partial = sweep / f"partial-{os.getpid()}-table.md"
-    partial.mkdir()
+    (sweep / "table.md").mkdir()
     monkeypatch.setattr(sys, "argv", ["resnet_vae", "table", str(sweep)])
     assert main() == 2
     assert capsys.readouterr().err == f"error: {sweep / 'table.md'} cannot be written: Is a directory\n"
-    partial.rmdir()
+    (sweep / "table.md").rmdir()
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
