@@ -106,9 +106,8 @@ def main(arguments=None):
         values = [value for value in values if value <= chosen.most]
         try:
             rows += grow(axis, values, make_config, chosen.rounds, chosen.seconds)
-            write(
-                chosen.folder / "scaling", rows, COLUMNS, draw(rows), of_code
-            )  # so that an interruption costs one axis
+            # after each axis, so that an interruption costs one
+            write(chosen.folder / "scaling", rows, COLUMNS, draw(rows), of_code)
         except BenchmarkError as error:
             print(f"error: {axis}: {error}; the axis is left out", file=sys.stderr)
             failed.append(axis)

@@ -363,7 +363,9 @@ def test_what_is_not_there_is_told_before_a_backend_is_imported(tmp_path, words,
     (tmp_path / "file").write_text("no folder")
     write_run(tmp_path / "run", 28, 1850.0)
     command = [sys.executable, "-m", "resnet_vae", *words.split()]
+    began = processor_seconds()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert processor_seconds() - began < 2
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert re.match(f"error: {told}", line)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, once
+from conftest import TINY, once, processor_seconds
 from test_results import write_run
 
 from resnet_vae import Config, checkpoints
@@ -122,7 +122,9 @@ def test_all_mistakes_are_told_before_the_first_training(tmp_path):
     unfinished = Config(**TINY, resnet_depth=46, seed=7, outdir=str(tmp_path / "sweep" / "depth-46"))
     unfinished.folder.mkdir()
     checkpoints.save(unfinished.folder, {"identity": unfinished.recipe()}, [])
+    began = processor_seconds()
     done = run_all(tmp_path, depths="28 30 34 40 46", evaluate="nothere")
+    assert processor_seconds() - began < 5
     assert (done.returncode, done.stdout) == (2, "")
     told = (
         "error: EVALUATE is",
