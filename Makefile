@@ -3,24 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH" PYTHON="$(BIN)/python" TF_CPP_MIN_LOG_LEVEL=3
+INSTALL := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check
 TEST := TF_NUM_INTRAOP_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-jax test-torch bench scaling soak lint table1 clean
 
 help: ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## make .venv with everything that running needs
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	"$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements.txt
-	"$(BIN)/pip" install --quiet --disable-pip-version-check --no-deps -e .
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	"$(BIN)/pip" install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/installed ## two depths on embedded digits, through notebooks: table and pictures
@@ -41,7 +42,7 @@ test-torch: $(VENV)/installed-dev ## the same tests on PyTorch, where it is inst
 	$(RUN) KERAS_BACKEND=torch $(TEST)
 
 bench: $(VENV)/installed ## training speed against PyTorch, into results/bench; BENCH="--cases …" for a part
-	"$(BIN)/pip" install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	$(INSTALL) -r benchmarks/requirements.txt
 	$(RUN) "$(BIN)/python" benchmarks/speed.py $(BENCH)
 
 scaling: $(VENV)/installed ## time and memory against depth, width, image size and batch, into results/scaling

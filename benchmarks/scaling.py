@@ -6,7 +6,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from speed import BASE, BenchmarkError, at_least, measure, run, write
+from speed import BASE, BenchmarkError, measure, positive, run, write
 
 from resnet_vae.records import code
 
@@ -94,7 +94,7 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results/scaling"), help="where the record goes")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows")
     parser.add_argument("--most", type=float, default=math.inf, help="leave out larger values than this")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each size")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each size")
     parser.add_argument("--seconds", type=float, default=5, help="of a round, about; at least three training steps")
     chosen = parser.parse_args(arguments)
     for axis in chosen.axes:

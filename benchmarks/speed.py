@@ -204,7 +204,7 @@ def work(library, precision, config):
         train = train or make_training(library, config)
         waited = train(int(line)) if int(line) else 0.0
         seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         print(json.dumps({"seconds": seconds, "waited": waited, "peak": peak}), flush=True)
 
 
@@ -325,15 +325,11 @@ def write(path, rows, columns, figure, of_code):
     write_record(path.parent, environment(keras.backend.backend(), devices()) | of_code)
 
 
-def at_least(least):
-    """The type of an option: a whole number, not smaller than this."""
-
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is too few; expected {least} or more")
-        return int(text)
-
-    return number
+def positive(text):
+    """The type of an option: a whole number, 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few; expected 1 or more")
+    return int(text)
 
 
 def draw(rows):
@@ -378,7 +374,7 @@ def main(arguments=None):
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CPU_CASES, metavar="CASE", help=_listed(CASES))
     contestants = {"choices": CONTESTANTS, "default": contestants_here(), "metavar": "CONTESTANT"}
     parser.add_argument("--contestants", nargs="+", help=_listed(CONTESTANTS), **contestants)
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="turns of each contestant")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, default=10, help="of the quickest contestant's turn, about")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ _HOMES = {
     "train": "training",
 }
 _WITH_CLASSES = ("training", "transfer")  # importing these makes Keras know all classes of the package
-__all__ = ["Config", "adapt", "build_classifier", "build_vae", "load_data", "load_run", "take_over", "train"]
+__all__ = [*_HOMES]
 __version__ = "0.1.0"
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # TensorFlow uses it unasked only on processors with AVX-512

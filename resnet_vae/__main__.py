@@ -9,8 +9,8 @@ from pathlib import Path
 
 def _tell_what_is_missing(error):
     """A package that is not installed, in one line."""
-    lacks = f"{sys.executable} has no {error.name}"
-    print(f"error: {lacks}; make install, then source .venv/bin/activate", file=sys.stderr)
+    told = f"error: {sys.executable} has no {error.name}; install it, or in a checkout: make clean install, then source"
+    print(f"{told} .venv/bin/activate", file=sys.stderr)
     return 2
 
 
@@ -248,9 +248,9 @@ def main():
     try:
         if rest:
             _refuse(rest[0], arguments)
-        if arguments.command in (*DRAWN, "evaluate", "verify"):  # which read no settings
-            for line in backend_problem(os.environ.get("KERAS_BACKEND", "")):
-                raise UserError(line)
+        reads_no_settings = arguments.command in (*DRAWN, "evaluate", "verify")
+        if reads_no_settings and (problem := backend_problem(os.environ.get("KERAS_BACKEND", ""))):
+            raise UserError(problem)
         code = COMMANDS[arguments.command](arguments) or 0
         sys.stdout.flush()
         return code

@@ -219,8 +219,9 @@ class ResidualBlock(layers.Layer):
             if self.shortcut_bn is not None:
                 x = self.shortcut_bn.biased(x, self.shortcut.bias, training)
             elif self.shortcut.use_bias:
-                # Its gradient is a sum, and not the operation of the last convolution's bias with the same input: of
-                # two of these TensorFlow computes one, in some processes the other, together with a kernel's gradient.
+                # Reshaped, so that its gradient is a plain sum. The last convolution's bias has the same gradient: of
+                # two equal operations TensorFlow keeps one, and which one it fuses with a kernel's gradient differs
+                # from process to process, and so does the rounding.
                 x = x + ops.reshape(ops.cast(self.shortcut.bias, x.dtype), (1, 1, 1, -1))
         if kind in ("pool", "pad") and self.transpose:
             x = repeated(x, self.strides)
@@ -323,7 +324,7 @@ def _without_bias(convolution, x):
 
 
 def _normalized(convolution, normalization, x, training, shifts=()):
-    """A 1×1 convolution of the positions that it reads, and its normalisation, and what else has to be added to it.
+    """A 1×1 convolution of x, which holds only the positions that it reads, then its normalisation plus `shifts`.
 
     Not folded in bfloat16: the moments of exact outputs are not those of the rounded ones, and what is left of their
     difference, small as it is, adds up over all positions in the gradients.

@@ -16,7 +16,6 @@ from resnet_vae.records import RecordError, sync
 
 FORMAT = b"resnet_vae checkpoint 1\n"
 NAMES = ("checkpoint", "checkpoint-before", "partial-checkpoint")  # the newest, the one before, one being written
-CHUNK = 1 << 20
 HASHES = ("data", "code")  # parts of what a training is that are told by their names alone
 
 
@@ -152,12 +151,10 @@ def _read(path):
     with open(path, "rb") as file:
         if file.read(len(FORMAT)) != FORMAT:
             raise DamagedError("is no checkpoint")
-        expected, digest = file.read(32), hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-        if digest.digest() != expected:
+        expected = file.read(32)
+        if hashlib.file_digest(file, "sha256").digest() != expected:
             raise DamagedError("is damaged: its content is not what was written")
-        end = file.tell()
+        end = file.seek(0, os.SEEK_END)
         file.seek(len(FORMAT) + 32)
         try:
             values, arrays = json.loads(file.readline()), []

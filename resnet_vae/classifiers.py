@@ -93,17 +93,16 @@ def build_classifier(
     if imagenet:
         x = layers.ZeroPadding2D(1, name="pool_pad")(x)
         x = layers.MaxPooling2D(3, 2, name="pool")(x)
+    repeated = {"shortcut": "none" if shortcut == "none" else "identity", "gain": gain, "remat": remat, **options}
     for stage, count in enumerate(counts, start=1):
         inner = first * 2 ** (stage - 1)
         filters = (inner, inner) if block == "basic" else (inner, inner, 4 * inner)
         strides = (1, 1) if stage == 1 else (2, 2)
-        repeated = {"shortcut": "none" if shortcut == "none" else "identity", "gain": gain, "remat": remat, **options}
         name = f"stage{stage}_block"
-        if strides == (1, 1) and x.shape[-1] == filters[-1]:
-            x = identity_blocks(x, count, filters, name=f"{name}s", **repeated)
-            continue
-        x = conv_block(x, 3, filters, strides, name=f"{name}1", shortcut=shortcut, gain=1.0, **options)
-        x = identity_blocks(x, count - 1, filters, name=f"{name}s", **repeated)
+        changes = strides != (1, 1) or x.shape[-1] != filters[-1]
+        if changes:
+            x = conv_block(x, 3, filters, strides, name=f"{name}1", shortcut=shortcut, gain=1.0, **options)
+        x = identity_blocks(x, count - changes, filters, name=f"{name}s", **repeated)
     if order == "pre":
         x = BatchNormalization(momentum=momentum, epsilon=epsilon, name="last_bn")(x)
         x = layers.ReLU(name="last_relu")(x)
@@ -164,14 +163,12 @@ def _check_published(model):
     """Refuse a classifier whose blocks are not those of `keras.applications`."""
     for layer in model.layers:
         block = layer.pattern() if isinstance(layer, Repeated) else layer
-        if not isinstance(block, ResidualBlock):
-            continue
-        given = {"order": block.order, "shortcut": block.shortcut_kind}
-        if given not in ({"order": "post", "shortcut": each} for each in ("identity", "projection")):
-            told = " and ".join(f"{name} {value!r}" for name, value in given.items())
+        if isinstance(block, ResidualBlock) and (
+            block.order != "post" or block.shortcut_kind not in ("identity", "projection")
+        ):
             raise UserError(
-                f"{model.name} has blocks with {told}; expected order 'post' and shortcut 'projection', as "
-                "keras.applications' weights are for"
+                f"{model.name} has blocks with order {block.order!r} and shortcut {block.shortcut_kind!r}; expected "
+                "order 'post' and shortcut 'projection', as keras.applications' weights are for"
             )
 
 

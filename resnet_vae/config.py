@@ -192,12 +192,12 @@ def _meant(name, known):
 
 
 def backend_problem(backend):
-    """What is wrong with KERAS_BACKEND, as a list of a line or none; Keras tells it in a stack trace."""
+    """What is wrong with KERAS_BACKEND, in a line, or nothing; Keras tells it in a stack trace."""
     if backend and backend not in BACKENDS:
-        return [f"KERAS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}"]
+        return f"KERAS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}"
     if backend and not find_spec(backend):
-        return [f"KERAS_BACKEND is {backend!r}, which is not installed; install it, or choose another backend"]
-    return []
+        return f"KERAS_BACKEND is {backend!r}, which is not installed; install it, or choose another backend"
+    return ""
 
 
 class Settings(BaseModel):
@@ -240,7 +240,8 @@ class Settings(BaseModel):
             meant = _meant(name, known) if environ[name].strip() else None
             if meant:
                 problems.append(f"{name} is no setting; did you mean {meant}? If not, unset {name}")
-        problems += backend_problem(environ.get("KERAS_BACKEND", ""))
+        if problem := backend_problem(environ.get("KERAS_BACKEND", "")):
+            problems.append(problem)
         if "cmdline" in values:  # the post's meaning: set at all
             values["cmdline"] = environ["CMDLINE"].strip().lower() not in ("0", "false", "no", "off")
         try:

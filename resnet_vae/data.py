@@ -16,7 +16,7 @@ from resnet_vae.config import DATASETS, DOWNSAMPLING, UserError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
 GREYS = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I", "F")  # Pillow's modes without colour
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # and no others, of which Pillow runs a program for some
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no others: for some, Pillow runs another program
 ARCHIVES = {  # what Keras looks for below its datasets folder, and where that is to be had
     "cifar10": ("cifar-10-batches-py-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python-target_archive", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
@@ -66,12 +66,6 @@ class _Part:
 
     images: np.ndarray
     labels: np.ndarray | None = None
-
-    def split(self, count):
-        """The first `count` images less, and these: two views."""
-        cut = len(self.images) - count
-        labels = (None, None) if self.labels is None else (self.labels[:cut], self.labels[cut:])
-        return _Part(self.images[:cut], labels[0]), _Part(self.images[cut:], labels[1])
 
 
 @dataclass
@@ -130,15 +124,16 @@ def _read(config):
     elif name in DATASETS:
         train, test = _keras_dataset(name)
     else:
-        train, test = _path(Path(os.path.expanduser(name)), shape)
-    classes, no_labels = _number_labels(name, train, test)
+        path = Path(os.path.expanduser(name))
+        train, test = _folder(path, shape) if path.is_dir() else _npz(path)
+    parts = [part for part in (train, test) if part is not None]
+    classes, no_labels = _number_labels(name, parts)
     if shape:
-        parts = [part for part in (train, test) if part]
         _check_room(name, sum(len(part.images) for part in parts), shape)
         for part in parts:
             part.images = _resize(part.images, shape)
     _check(name, train.images, "training")
-    return _Set(train, test, _fingerprint(train, test), classes, no_labels)
+    return _Set(train, test, _fingerprint(parts), classes, no_labels)
 
 
 def _divided(found, config):
@@ -168,11 +163,10 @@ def _divided(found, config):
     )
 
 
-def _fingerprint(*parts):
-    parts = [part.images for part in parts if part is not None]
-    digest = hashlib.sha256(repr(tuple(images.shape for images in parts)).encode())
-    for images in parts:
-        digest.update(np.ascontiguousarray(images).data)
+def _fingerprint(parts):
+    digest = hashlib.sha256(repr(tuple(part.images.shape for part in parts)).encode())
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.images).data)
     return digest.hexdigest()
 
 
@@ -292,10 +286,10 @@ def _hold_out(name, part, count, seed):
     keep = len(part.images) - count
     chosen = np.sort(np.random.default_rng(seed).permutation(len(part.images))[:count])
     early, late = chosen[chosen < keep], np.setdiff1d(np.arange(keep, len(part.images)), chosen)
-    for array in (part.images, part.labels):
-        if array is not None:
-            array[early], array[late] = array[late], array[early]
-    return part.split(count)
+    arrays = [part.images] if part.labels is None else [part.images, part.labels]
+    for array in arrays:
+        array[early], array[late] = array[late], array[early]
+    return _Part(*(array[:keep] for array in arrays)), _Part(*(array[keep:] for array in arrays))
 
 
 def _check(name, images, role):
@@ -347,7 +341,7 @@ def _digits():
 def _keras_home():
     """The folder below which Keras keeps what it downloads."""
     home = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")))
-    writable = os.access(next(path for path in (home, *home.parents) if path.exists()), os.W_OK)
+    writable = os.access(next(path for path in (home, *home.parents) if os.path.exists(path)), os.W_OK)
     return home if writable else Path("/tmp/.keras")
 
 
@@ -373,13 +367,12 @@ def _keras_dataset(name):
     return _Part(train, train_labels), _Part(test, test_labels)
 
 
-def _number_labels(name, train, test):
+def _number_labels(name, parts):
     """Bring the labels of both parts to class numbers 0, 1, 2, …, or take them away.
 
     Returns:
         The classes' names, and why there are no labels, or "".
     """
-    parts = [part for part in (train, test) if part is not None]
     try:
         numbers, classes = _class_numbers(name, parts)
     except DataError as error:
@@ -422,10 +415,6 @@ def _class_numbers(name, parts):
     if missing:
         raise DataError(f"{name}: training labels run to {count - 1}, but {missing} of these classes have no images")
     return given, tuple(map(str, range(count)))
-
-
-def _path(path, shape):
-    return _folder(path, shape) if path.is_dir() else _npz(path)
 
 
 ARRAYS = {  # usual names in an .npz file

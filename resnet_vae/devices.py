@@ -24,8 +24,9 @@ def processor():
 def processor_prefers_bfloat16():
     """Whether the processor computes faster in bfloat16 than in float32, as far as Linux tells.
 
-    With AMX, Arm's BF16, or AVX512_BF16, but Intel's of the last take twice as long as float32 (Sapphire Rapids without
-    AMX: 168 to 339 GFLOP/s in matrix products of two cores; an AMD EPYC: 700 to 328).
+    It does with AMX, with Arm's BF16 and with AMD's AVX512_BF16. Intel's AVX512_BF16 takes twice as long as float32:
+    in matrix products on two cores a Sapphire Rapids without AMX reaches 168 GFLOP/s in bfloat16 and 339 in float32,
+    an AMD EPYC 780 to 890 and 480 to 510 (`results/bench-epyc`).
     """
     flags, amd = _flags(), _cpuinfo("vendor_id") == "AuthenticAMD"
     return not flags.isdisjoint({"amx_bf16", "bf16"}) or (amd and "avx512_bf16" in flags)

@@ -56,8 +56,21 @@ def scan(function, x, stacks, outputs=(), remat=False):
     """
     if keras.backend.backend() == "tensorflow":
         return _scan_tensorflow(function, x, stacks, outputs, remat)
-    count, jax_computes = stacks[0].shape[0], keras.backend.backend() == "jax"
-    if jax_computes and count <= SHORT and not remat:
+    if keras.backend.backend() == "jax":
+        return _scan_jax(function, x, stacks, remat)
+    step, written = keras.remat(function) if remat else function, []
+    for weights in zip(*map(ops.unstack, stacks), strict=True):  # by indices each gradient would be of a stack's size
+        x, y = step(x, list(weights))
+        written.append(y)
+    return x, [ops.stack(each) for each in zip(*written, strict=True)]
+
+
+def _scan_jax(function, x, stacks, remat):
+    """`scan` on JAX: in a loop, or a few layers one after the other."""
+    import jax
+
+    count = stacks[0].shape[0]
+    if count <= SHORT and not remat:
         return ops.scan(function, x, stacks, unroll=count)
 
     def step(x, weights):
@@ -67,19 +80,8 @@ def scan(function, x, stacks, outputs=(), remat=False):
         finally:
             within_loop.reset(token)
 
-    if jax_computes:
-        import jax
-
-        step = jax.checkpoint(step, policy=None if remat else _is_kept, prevent_cse=False)  # a loop needs no such care
-    elif remat:
-        step = keras.remat(step)
-    if jax_computes:
-        return ops.scan(step, x, stacks)
-    written = []  # on PyTorch without indices, whose gradients are of the size of the stack, one for each layer
-    for weights in zip(*map(ops.unstack, stacks), strict=True):
-        x, y = step(x, list(weights))
-        written.append(y)
-    return x, [ops.stack(each) for each in zip(*written, strict=True)]
+    step = jax.checkpoint(step, policy=None if remat else _is_kept, prevent_cse=False)  # a loop needs no such care
+    return ops.scan(step, x, stacks)
 
 
 def _is_kept(primitive, *_, **__):

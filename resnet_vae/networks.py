@@ -91,7 +91,7 @@ def stages(config, transpose=False):
     ]
 
 
-def identity_blocks(x, count, filters, remat=False, name="blocks", **options):
+def identity_blocks(x, count, filters, name, remat=False, **options):
     """Apply `count` blocks whose shortcuts are their inputs: one as it is, several as a loop (`Repeated`)."""
     if count == 1:
         return identity_block(x, filters=filters, name=name.removesuffix("s") + "2", **options)
@@ -192,8 +192,8 @@ def build_decoder(config, image_shape):
     """Build the decoder, which is also the generator: latents → images.
 
     With `config.decoder` "mirrored" the channels between blocks fall from 2048 to 256 (basic blocks: 512 to 64; both
-    times `config.width`) while the image grows; with "published" they rise as in the encoder, as the post had it, at 5
-    to 7 times the arithmetic.
+    times `config.width`) while the image grows; with "published" they rise as in the encoder, as the post had it, at 9
+    to 12 times the arithmetic (5 to 7 times that of the whole VAE).
 
     Args:
         config: a `Config`.

@@ -155,7 +155,7 @@ def _moments_about(x):
     return mean, ops.maximum(square - ops.square(mean), 0.0)  # rounded, 0 may be less
 
 
-def _moments(x, covariance):
+def _batch_moments(x, covariance):
     """Mean (channels,) of x (batch, height, width, channels), and its variance, (channels,).
 
     With `covariance`, the covariances of any two channels instead, (channels, channels).
@@ -207,7 +207,7 @@ def _moments_tensorflow(x, covariance):
 
 
 def fold(convolution, normalization, x, training=None):
-    """Matrix and bias of the one 1×1 convolution that is a 1×1 convolution of x and its normalisation.
+    """Matrix and bias of the single 1×1 convolution that equals this one followed by its normalisation.
 
     The outputs' mean is the mean of x mapped by the kernel W; the variance of output f is W[:, f]ᵀ Cov(x) W[:, f].
 
@@ -223,7 +223,7 @@ def fold(convolution, normalization, x, training=None):
     kernel, bias = _precise(matrix(convolution)), _bias(convolution)
 
     def moments():
-        mean, covariance = _moments(x, covariance=True)
+        mean, covariance = _batch_moments(x, covariance=True)
         variance = ops.sum(kernel * ops.matmul(covariance, kernel), axis=0)
         return ops.matmul(mean, kernel) + bias, ops.maximum(variance, 0.0)  # rounded, 0 may be less
 
@@ -251,7 +251,7 @@ def sparse(convolution, normalization, x, training=None):
 
     def moments():
         share = 1 / (convolution.strides[0] * convolution.strides[1])
-        mean, variance = _moments(signal, covariance=False)
+        mean, variance = _batch_moments(signal, covariance=False)
         return share * mean + bias, share * variance + share * (1 - share) * ops.square(mean)
 
     scale, shift = normalization.affine(moments, training)

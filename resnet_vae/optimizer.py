@@ -6,7 +6,7 @@ from keras import ops
 from resnet_vae.config import PACKAGE
 from resnet_vae.devices import settle
 
-LONG = 2**14  # numbers in a gradient from which leaving out a pass that is not needed pays for a `tf.cond`
+LONG = 2**14  # elements of a gradient from which on skipping a pass over it saves more than the `tf.cond` costs
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -126,7 +126,7 @@ def curves(run):
 def losses_by_epoch(runs):
     """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid.
 
-    A training falls by hundreds of nats first and runs end a few apart: of long ones the second half stands beside.
+    Losses fall by hundreds of nats at first and runs end a few apart: long runs' second halves have their own panel.
     """
     longest = max(len(run.history) for run in runs)
     figure = Figure(layout="constrained")

@@ -255,13 +255,13 @@ def tables(runs):
     cells = [["" if row[n] is None else form.format(row[n]) for n, (_, form) in shown.items()] for row in rows]
     headings = [heading for heading, _ in shown.values()]
 
-    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *([_escape(c, MARKDOWN) for c in r] for r in cells)]
+    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *([c.translate(MARKDOWN) for c in r] for r in cells)]
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
-    markdown += "".join(f"- {_escape(note, MARKDOWN)}\n" for note in remarks)
+    markdown += "".join(f"- {note.translate(MARKDOWN)}\n" for note in remarks)
 
     latex = "\\begin{tabular}{l" + "r" * (len(headings) - 1) + "}\n\\hline\n"
     for number, line in enumerate([headings, *cells]):
-        latex += " & ".join(_escape(cell, LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
+        latex += " & ".join(cell.translate(LATEX) for cell in line) + " \\\\\n" + ("\\hline\n" if number == 0 else "")
     latex += "\\hline\n\\end{tabular}\n" + "".join(f"% {' '.join(note.splitlines())}\n" for note in remarks)
 
     return {"table.md": markdown, "table.csv": csv_text(rows, shown), "table.tex": latex}
@@ -275,15 +275,13 @@ def write_table(runs, folder):
     return texts["table.md"]
 
 
-MARKDOWN = {"|": "\\|", "<": "&lt;", ">": "&gt;", "\n": " "}
-LATEX = {
-    "\\": "\\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "\n": " ",
-}
-
-
-def _escape(text, characters):
-    return "".join(characters.get(character, character) for character in text)
+MARKDOWN = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "\n": " "})
+LATEX = str.maketrans(
+    {
+        "\\": "\\textbackslash{}",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "~": "\\textasciitilde{}",
+        "^": "\\textasciicircum{}",
+        "\n": " ",
+    }
+)

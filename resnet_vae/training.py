@@ -229,7 +229,7 @@ class Training(keras.callbacks.Callback):
             self.save()
 
     def _take_over(self, before):
-        """Count one more going back; the time that it cost is this run's, too."""
+        """Count one more rollback; the time that the diverged training took stays a part of this run's."""
         before._clock()
         self.rollbacks = before.rollbacks + 1
         for name in ("sessions", "seconds", "cpu_seconds", "saving_seconds", "started"):
@@ -551,7 +551,8 @@ def _record(training, ran_on):
     config, data, folder = training.config, training.data, training.folder
     vae, best = training.vae, min(training.rows, key=lambda row: row["val_loss"])
     vae.set_weights(training.best_weights)
-    save_model(vae, folder / "model.keras")
+    with whole(folder / "model.keras") as partial:
+        vae.save(partial)
     epochs = len(training.rows)
     metrics = {
         "loss_is": config.loss_meaning,
@@ -610,9 +611,3 @@ def score(vae, images, batch_size):
         kl = ops.convert_to_numpy(kl_divergence(mean, vae.sampler.log_variance(log_var)))
         figures["bound"] = figures["reconstruction"] + float(kl.mean(dtype="float64"))
     return figures
-
-
-def save_model(vae, path):
-    """Save a model as .keras, whole or not at all."""
-    with whole(path) as partial:
-        vae.save(partial)

@@ -160,7 +160,7 @@ class _Calibration(_Model):
         """Have values in all variables again after `predict` failed: on JAX Keras takes them out while it computes.
 
         Args:
-            values: those of before `predict`, which are given away to its first step.
+            values: the variables' values before `predict`; JAX takes their memory over in the first step.
         """
         if keras.backend.backend() != "jax":
             return
@@ -407,12 +407,12 @@ class VAE(_Model):
         model, moved = self._calibration(), [average for average, _ in averages]
         if list(map(id, model.moves.averages)) != list(map(id, moved)):  # what is frozen is told in the trace
             model.moves.averages, model.predict_function = moved, None
-        former = [ops.copy(ops.convert_to_tensor(average)) for average, _ in averages]
+        former = [ops.copy(ops.convert_to_tensor(average)) for average in moved]
         held = [variable.value for variable in model.variables]
         try:
             for generator in generators:
                 _restart(generator)
-            for average, _ in averages:
+            for average in moved:
                 average.assign(ops.zeros(average.shape))
             batches = len(model.predict(x, **{"verbose": 0, **kwargs}))
             if strategy := getattr(model, "distribute_strategy", None):  # TensorFlow's, in which a batch is in parts
@@ -423,7 +423,7 @@ class VAE(_Model):
                 average.assign(average / (1 - momentum**times) if times else value)
         except BaseException:
             model.put_back(held)
-            for (average, _), value in zip(averages, former, strict=True):
+            for average, value in zip(moved, former, strict=True):
                 average.assign(value)
             raise
         finally:

@@ -1,6 +1,6 @@
 # What the other scripts source, for their arguments.
 
-check_arguments() { # at most $1 of the following: -h prints the script's first comment, and no option counts as a folder
+check_arguments() { # at most $1 of the following: -h prints the first comment of the script; other options are refused
   local argument most=$1
   shift
   for argument in "$@"; do
@@ -24,14 +24,15 @@ check_arguments() { # at most $1 of the following: -h prints the script's first 
     exit 2
   fi
   if ! command -v "${PYTHON:-python}" > /dev/null; then
-    echo "error: there is no ${PYTHON:-python} here; make install, then source .venv/bin/activate, or set PYTHON" >&2
+    echo "error: there is no ${PYTHON:-python} here; make clean install, then source .venv/bin/activate, or set PYTHON" >&2
     exit 2
   fi
 }
 
 expanded() { # a path whose ~ the shell left alone, as it does in quotes
+  local home=~ # $HOME, or where that is not set the user's own
   case $1 in
-    "~" | "~/"*) printf '%s\n' "$HOME${1#\~}" ;;
+    "~" | "~/"*) printf '%s\n' "$home${1#\~}" ;;
     *) printf '%s\n' "$1" ;;
   esac
 }

@@ -18,7 +18,10 @@ try:
     from resnet_vae.data import load_data
     from resnet_vae.records import whole
 except ModuleNotFoundError as error:
-    print(f"error: {sys.executable} has no {error.name}; make install, then source .venv/bin/activate", file=sys.stderr)
+    print(
+        f"error: {sys.executable} has no {error.name}; make clean install, then source .venv/bin/activate",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 EACH, BATCH = 1017, 10_000

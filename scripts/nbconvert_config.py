@@ -33,7 +33,7 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
 
     def preprocess(self, nb, resources=None, km=None):
         resources["metadata"]["path"] = os.getcwd()
-        path = Path(os.environ["NOTEBOOK_FOLDER"], f"{resources['metadata']['name']}.ipynb")
+        path = Path(os.environ["OUTDIR"], f"{resources['metadata']['name']}.ipynb")
         finished = path.with_name("metrics.json").exists()  # a run, which may refuse this one
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
@@ -80,6 +80,8 @@ class LiveExecutePreprocessor(ExecutePreprocessor):
         return super().process_message(msg, cell, cell_index)
 
 
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors="backslashreplace")  # where it is ASCII
 stock = "nbconvert.preprocessors.ExecutePreprocessor"
 c = get_config()  # noqa: F821, which traitlets provides
 c.NotebookExporter.default_preprocessors = [

@@ -14,7 +14,7 @@ set -uo pipefail
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
-sweep=$(expanded "${1:-runs/sweep}")
+sweep=$(expanded "${1:-runs/sweep}") || exit
 export PYTHON=${PYTHON:-python} CMDLINE=1 TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 
 child=

@@ -15,9 +15,8 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
 fi
 name=$(basename "$1")
 OUTDIR=$(expanded "${2:-${OUTDIR:-runs/${name%.ipynb}-$(date +%s)}}")
-export OUTDIR
-export CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
-export NOTEBOOK_FOLDER=$OUTDIR
+export OUTDIR CMDLINE=1 PYDEVD_DISABLE_FILE_VALIDATION=1
+export JUPYTER_PREFER_ENV_PATH=1 # the kernel of PYTHON, and not one of the same name that the user has installed
 "${PYTHON:-python}" -m resnet_vae config "$1" > /dev/null # a mistake in the settings is told here, in one message
 if ! mkdir -p "$OUTDIR" 2> /dev/null || [ ! -w "$OUTDIR" ]; then
   echo "error: OUTDIR is '$OUTDIR', which cannot be made or written; expected a folder that can be written" >&2

@@ -15,19 +15,25 @@ scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 check_arguments 1 "$@"
 folder=$(expanded "${1:-runs/table1}")
 export RUNNER=${RUNNER:-command} DATASET=${DATASET:-cifar10} VALIDATION=${VALIDATION:-test} SWEEP="OBJECTIVE DEPTHS"
-sees_gpu() { "${PYTHON:-python}" -c "$1" > /dev/null 2>&1; }
-if nvidia-smi -L > /dev/null 2>&1; then
-  if [ -z "${KERAS_BACKEND:-}" ]; then
-    if sees_gpu 'import jax; jax.devices("gpu")'; then
-      export KERAS_BACKEND=jax
-    elif sees_gpu 'import sys, tensorflow; sys.exit(not tensorflow.config.list_physical_devices("GPU"))'; then
-      export KERAS_BACKEND=tensorflow
-    else
-      echo "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one of them with its" \
-        "CUDA libraries (README, Installing), or KERAS_BACKEND set" >&2
-      exit 2
-    fi
+sees_gpu() { # whether a backend does
+  case $1 in
+    jax) "${PYTHON:-python}" -c 'import jax; jax.devices("gpu")' ;;
+    tensorflow) "${PYTHON:-python}" -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU"))' ;;
+    *) "${PYTHON:-python}" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ;;
+  esac > /dev/null 2>&1
+}
+if [[ ! ${CUDA_VISIBLE_DEVICES-all} =~ ^(-1)?$ ]] && nvidia-smi -L > /dev/null 2>&1; then
+  found=
+  for backend in ${KERAS_BACKEND:-jax tensorflow}; do
+    if [ -z "$found" ] && sees_gpu "$backend"; then found=$backend; fi
+  done
+  if [ -z "$found" ]; then
+    echo "error: this machine has an NVIDIA GPU that ${KERAS_BACKEND:-neither JAX nor TensorFlow}" \
+      "can${KERAS_BACKEND:+not} use; expected a backend with its CUDA libraries (README, Installing), or" \
+      "CUDA_VISIBLE_DEVICES= to compute on the CPU" >&2
+    exit 2
   fi
+  export KERAS_BACKEND=$found
   # batches that divide the data, so that JAX compiles no other size; its search for matrix products makes none faster
   export WIDTH=${WIDTH:-1} BATCH_SIZE=${BATCH_SIZE:-250} AUGMENT=${AUGMENT:-flip} OBJECTIVE=${OBJECTIVE:-published}
   if [ "$KERAS_BACKEND" = jax ]; then export XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"; fi

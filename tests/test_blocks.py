@@ -10,7 +10,7 @@ import pytest
 from resnet_vae import blocks, initialization
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.loop import traced_once
-from resnet_vae.normalization import BatchNormalization, _moments
+from resnet_vae.normalization import BatchNormalization, _batch_moments
 
 RNG = np.random.default_rng(0)
 EPSILON = 0.1
@@ -490,7 +490,7 @@ def test_gradient_of_moments_in_bfloat16():
         images = tf.cast(x, dtype)
         with tf.GradientTape() as tape:
             tape.watch(images)
-            _, variance = _moments(images, covariance=False)
+            _, variance = _batch_moments(images, covariance=False)
             total = tf.reduce_sum(variance * tf.constant(weights, variance.dtype))
         results.append(tf.cast(tape.gradient(total, images), "float64").numpy())
     exact, rounded = results

@@ -377,7 +377,10 @@ def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
         [sys.executable, "-S", "-m", "resnet_vae", "config"], cwd=root, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*python\S* has no pydantic; make install, then source .*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: .*python\S* has no pydantic; install it, or in a checkout: make clean install, then source .*\n",
+        done.stderr,
+    )
 
 
 def test_a_reader_that_closes_its_pipe_is_no_error(tmp_path):

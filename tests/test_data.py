@@ -550,6 +550,16 @@ def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert _keras_home() == Path("/tmp/.keras")  # where Keras then looks, too
+    with monkeypatch.context() as patch:
+        stat = os.stat
+
+        def closed(path, *args, **kwargs):
+            if str(path) == str(tmp_path):
+                raise PermissionError
+            return stat(path, *args, **kwargs)
+
+        patch.setattr(os, "stat", closed)  # as in a home folder that may not be entered
+        assert _keras_home() == tmp_path
     with pytest.raises(DataError) as error:
         load("cifar10")
     for told in ("no network", "cifar-10-python.tar.gz", str(tmp_path / "datasets"), "DATASET=digits"):

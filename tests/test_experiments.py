@@ -24,6 +24,7 @@ from resnet_vae.experiments.networks import (
     models,
     some,
 )
+from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS, Degradation, Euler, Trained, Transfer
 from resnet_vae.records import sha256_of
 from resnet_vae.verify import verify
@@ -468,10 +469,10 @@ def test_an_experiment_that_cannot_be_written_is_not_begun(tmp_path, monkeypatch
     monkeypatch.setattr(euler, "measure", lambda settings: pytest.fail("measured in vain"))
     (tmp_path / "file").touch()
     with pytest.raises(records.RecordError, match=r"OUTDIR .*file/sub cannot be written: Not a directory"):
-        euler.run(Euler(outdir=str(tmp_path / "file" / "sub")))
+        conduct(Euler(outdir=str(tmp_path / "file" / "sub")), euler)
     monkeypatch.setattr(euler, "measure", lambda settings: (tmp_path / "no data").read_bytes())
     with pytest.raises(FileNotFoundError, match="no data"):  # which is not told of the folder
-        euler.run(Euler(outdir=str(tmp_path / "there")))
+        conduct(Euler(outdir=str(tmp_path / "there")), euler)
 
 
 def test_a_record_that_was_changed_is_told(tmp_path, monkeypatch):
@@ -484,7 +485,7 @@ def test_a_record_that_was_changed_is_told(tmp_path, monkeypatch):
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(keras.Model, "fit", committed_meanwhile)
-    folder = euler.run(Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10))
+    folder = conduct(Euler(outdir=str(tmp_path), finest=16, layers=1, repetitions=1, epochs=1, points=10), euler)
     assert verify(folder) == []
     record, table = json.loads((folder / "record.json").read_text()), (folder / "euler.csv").read_text()
     assert record["settings"]["finest"] == 16

@@ -259,7 +259,13 @@ def run_experiment(name, folder, **settings):
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_euler_steps(tmp_path):
-    tables = run_experiment("euler", tmp_path, finest=64, layers=2, repetitions=1, epochs=3, points=20)
+    """By the kernel of the Python that runs it, whatever kernel of that name the user has installed."""
+    kernel = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": ["false"], "display_name": "another Python", "language": "python"}))
+    users = {"jupyter_data_dir": tmp_path / "jupyter", "jupyter_prefer_env_path": 0}
+    small = {"finest": 64, "layers": 2, "repetitions": 1, "epochs": 3, "points": 20}
+    tables = run_experiment("euler", tmp_path / "euler", **small, **users)
     assert tables["euler"][-1]["order"] == pytest.approx(1, abs=0.1)
     fixed, learned, longer = tables["spirals"]
     assert [row["tau"] for row in tables["spirals"]] == ["fixed", "learned", "fixed at the learned mean"]
@@ -269,8 +275,15 @@ def test_notebook_of_euler_steps(tmp_path):
 
 @once("the same code on every backend, which the tests of its parts run on each")
 def test_notebook_of_gradients(tmp_path):
-    """Deep plain chains against residual ones; the networks' layers are all there."""
-    small = {"depths": "4,40", "classifier_depths": "20", "vae_depths": "28", "width": 0.0625, "batch_size": 4}
+    """Deep plain chains against residual ones; the networks' layers are all there. It prints a × on any terminal."""
+    small = {
+        "pythonioencoding": "ascii",
+        "depths": "4,40",
+        "classifier_depths": "20",
+        "vae_depths": "28",
+        "width": 0.0625,
+        "batch_size": 4,
+    }
     rows = run_experiment("gradients", tmp_path, repetitions=3, **small)["gradients"]
 
     def norms(**chosen):

@@ -167,7 +167,7 @@ def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
     words = [SCRIPTS / f"{script}.sh", "a.ipynb"]
     done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch("error: there is no nopython here; make install, then source .*\n", done.stderr)
+    assert re.fullmatch("error: there is no nopython here; make clean install, then source .*\n", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["a.ipynb"]
 
 
@@ -319,13 +319,28 @@ def test_a_home_folder_that_the_shell_left_alone_is_found(stand_in, tmp_path):
     assert f"{tmp_path}/nothing has no finished runs" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["run_all", "table1", "run_notebook"])
+def test_a_home_folder_that_is_not_in_the_environment_is_the_users_own(stand_in, tmp_path, monkeypatch, script):
+    """As where a scheduler starts it; without one a sweep would go to the root of the disk."""
+    monkeypatch.delenv("HOME")
+    own = os.path.expanduser("~")
+    (tmp_path / "a.ipynb").write_text("{}")
+    words = ["a.ipynb", "~/."] if script == "run_notebook" else ["~/here"]
+    code, told, calls = stand_in("", script, words, CUDA_VISIBLE_DEVICES="")
+    assert (code, told) == (0, "")
+    assert any(f"{own}/" in call for call in calls)
+
+
 @pytest.mark.parametrize(
     ("sees", "given", "told"),
     [
         ("jax", {}, "jax 1 250 flip published 28:32 40:32 70:32 100:32"),
         ("tensorflow", {}, "tensorflow 1 250 flip published 28:32 40:32 70:32 100:32"),
-        ("jax", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 250 flip elbo 28:32"),
-        ("nothing", {}, "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected one"),
+        ("torch", {"KERAS_BACKEND": "torch", "WIDTH": "2", "OBJECTIVE": "elbo"}, "torch 2 250 flip elbo 28:32"),
+        ("jax", {"KERAS_BACKEND": "tensorflow"}, "error: this machine has an NVIDIA GPU that tensorflow cannot use;"),
+        ("jax", {"CUDA_VISIBLE_DEVICES": ""}, "0.25 100 published elbo 28:38"),
+        ("jax", {"CUDA_VISIBLE_DEVICES": "-1"}, "0.25 100 published elbo 28:38"),
+        ("nothing", {}, "error: this machine has an NVIDIA GPU that neither JAX nor TensorFlow can use; expected a"),
     ],
 )
 def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, told):
@@ -334,7 +349,7 @@ def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, to
         "nvidia-smi": "",
         "python": f"""
             case "$*" in
-              *devices*) case "$*" in *"import {sees}"* | *"sys, {sees}"*) exit 0 ;; *) exit 1 ;; esac ;;
+              -c*) case "$*" in *"import {sees}"* | *"sys, {sees}"*) exit 0 ;; *) exit 1 ;; esac ;;
               *) echo $KERAS_BACKEND $WIDTH $BATCH_SIZE $AUGMENT $OBJECTIVE $DEPTHS >&2; exit 2 ;;
             esac""",
     }

@@ -453,7 +453,8 @@ def test_a_package_that_is_missing_is_told_in_a_line(monkeypatch, capsys, tmp_pa
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run_command("train", *flags(**TINY, outdir=tmp_path / "run")) == 2
     assert capsys.readouterr().err == (
-        f"error: {sys.executable} has no sklearn.datasets; make install, then source .venv/bin/activate\n"
+        f"error: {sys.executable} has no sklearn.datasets; install it, or in a checkout: make clean install, "
+        "then source .venv/bin/activate\n"
     )
 
 

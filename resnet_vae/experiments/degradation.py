@@ -22,7 +22,6 @@ from resnet_vae.experiments.networks import (
     load_labelled,
     models,
 )
-from resnet_vae.experiments.record import conduct
 from resnet_vae.plots import keep_in_sight, whole_epochs
 from resnet_vae.vae import VAE
 
@@ -101,11 +100,6 @@ def summarize(rows):
             }
         )
     return summary
-
-
-def run(settings):
-    """Measure, and write epochs.csv, summary.csv and learning.png into the settings' folder, which is returned."""
-    return conduct(settings, measure, figures)
 
 
 def figures(tables):

@@ -15,7 +15,6 @@ from keras import layers, ops
 from matplotlib.figure import Figure
 
 from resnet_vae.experiments.chain import Chain
-from resnet_vae.experiments.record import conduct
 
 STEPS = ("fixed", "learned", "fixed at the learned mean")  # kinds of τ; the first two start at one over the layers
 
@@ -128,11 +127,6 @@ def measure(settings):
             trained.append(train_on_spirals(settings, seed, kind, step))
             step = trained[-1]["mean_tau"]  # of fixed ones still the same
     return {"euler": rows, "spirals": trained}
-
-
-def run(settings):
-    """Measure, and write euler.csv, spirals.csv and euler.png into the settings' folder, which is returned."""
-    return conduct(settings, measure, figures)
 
 
 def figures(tables):

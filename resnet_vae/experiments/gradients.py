@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.experiments.chain import random_chain
 from resnet_vae.experiments.networks import build_network, compile_network, inputs, load_labelled, some
-from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import COMPARED, NETWORKS
 
 FACTORS = (0.8, 1.0, 1.6)  # of the chains' weights, whose standard deviation is this / √width
@@ -101,11 +100,6 @@ def measure(settings):
                 model = build_network(settings, network, kind, depth, data, settings.seed)
                 add(network, kind, depth, [of_network(network, model, *batch)])
     return {"gradients": rows}
-
-
-def run(settings):
-    """Measure, and write gradients.csv and gradients.png into the settings' folder, which is returned."""
-    return conduct(settings, measure, figures)
 
 
 def figures(tables):

@@ -23,7 +23,6 @@ from resnet_vae.experiments.networks import (
     load_labelled,
     some,
 )
-from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import COMPARED, NETWORKS
 from resnet_vae.vae import VAE
 
@@ -189,11 +188,6 @@ def measure(settings):
 
 def _numbers(names, values):
     return {name: float(value) for name, value in zip(names.split(), values, strict=True)}
-
-
-def run(settings):
-    """Measure, and write the three tables and the three figures into the settings' folder, which is returned."""
-    return conduct(settings, measure, figures)
 
 
 def figures(tables):

@@ -12,13 +12,13 @@ from resnet_vae.plots import save
 from resnet_vae.records import RecordError, csv_text, environment, write_record, write_text
 
 
-def conduct(settings, measure, figures):
+def conduct(settings, experiment):
     """Measure, and write each table as NAME.csv, each figure as NAME.png, and record.json.
 
     Args:
         settings: an `Experiment`.
-        measure: the experiment's function, settings → {name: table}, a list of rows, dicts with equal keys.
-        figures: the experiment's function, tables → {name: matplotlib Figure}.
+        experiment: its module. `measure` there is settings → {name: table}, a list of rows, dicts with equal keys, and
+            `figures` is tables → {name: matplotlib Figure}.
 
     Returns:
         The folder, a Path.
@@ -32,14 +32,14 @@ def conduct(settings, measure, figures):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    tables = measure(settings)
+    tables = experiment.measure(settings)
     with _writing(folder):
         for name, rows in tables.items():
             write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
-        for name, figure in figures(tables).items():
+        for name, figure in experiment.figures(tables).items():
             save(figure, folder / f"{name}.png")
-        experiment = figures.__module__.rpartition(".")[2]
-        write_record(folder, ran_on, experiment=experiment, settings=settings.model_dump(mode="json"))
+        name = experiment.__name__.rpartition(".")[2]
+        write_record(folder, ran_on, experiment=name, settings=settings.model_dump(mode="json"))
     return folder
 
 

@@ -20,7 +20,6 @@ from resnet_vae.experiments.networks import (
     load_labelled,
     models,
 )
-from resnet_vae.experiments.record import conduct
 from resnet_vae.experiments.settings import NETWORKS
 from resnet_vae.transfer import adapt, take_over
 
@@ -89,11 +88,6 @@ def measure(settings):
                 rows.append(row)
             print(f"{network}, {way}: done", flush=True)
     return {"transfer": rows}
-
-
-def run(settings):
-    """Measure, and write transfer.csv and transfer.png into the settings' folder, which is returned."""
-    return conduct(settings, measure, figures)
 
 
 def figures(tables):
