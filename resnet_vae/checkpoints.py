@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_vae.records import RecordError, sync
+from resnet_vae.records import RecordError, sync, versions
 
 FORMAT = b"resnet_vae checkpoint 1\n"
 NAMES = ("checkpoint", "checkpoint-before", "partial-checkpoint")  # the newest, the one before, one being written
+NETWORK = ("initialization", "loop", "convolution", "normalization", "blocks", "networks", "vae")
+MODULES = ("config", "data", "devices", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 HASHES = ("data", "code")  # parts of what a training is that are told by their names alone
 
 
@@ -103,11 +105,24 @@ def load(folder):
     return None
 
 
+def programs(backend):
+    """What besides settings and data decides what is trained: a hash of the code, the backend, versions."""
+    code, installed = hashlib.sha256(), versions()
+    for name in MODULES:
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return {
+        "code": code.hexdigest(),
+        "backend": backend,
+        "keras_version": installed["keras"],
+        "backend_version": installed.get(backend),
+    }
+
+
 def check_recipe(config):
-    """Refuse a folder with an unfinished run of other settings, as far as its checkpoint tells without its arrays.
+    """Refuse a folder with an unfinished run of something else, as far as is known without its arrays and Keras.
 
     Raises:
-        RecordError: the settings differ.
+        RecordError: settings, code, backend or versions differ.
     """
     for path in (config.folder / name for name in NAMES[:2]):
         try:
@@ -119,6 +134,8 @@ def check_recipe(config):
                     recipe["image_shape"] = recorded["image_shape"]
                 if recipe["precision"] == "auto":  # what that is here, is known when Keras is imported
                     recipe["precision"] = recorded["precision"]
+                here = programs(os.environ.get("KERAS_BACKEND") or recorded.get("backend"))
+                recipe |= {name: value for name, value in here.items() if name in recorded}
         except (OSError, ValueError, TypeError, KeyError):  # none, or one that `load` will tell of
             continue
         return check_identity(config.folder, recorded, recipe)

@@ -68,7 +68,7 @@ BEFORE = {  # what was done before there was such a setting
     "deterministic": False,
     "shortcut": "projection",
 }
-NOT_OF_THE_RUN = {"outdir", "cmdline", "remat", "checkpoint_seconds"}  # fields that do not change what is trained
+NOT_OF_THE_RUN = {"outdir", "cmdline", "remat", "checkpoint_seconds", "rollbacks"}  # training is the same with others
 
 
 class UserError(Exception):
@@ -359,7 +359,7 @@ class Config(Settings):
     objective: Literal[OBJECTIVES] = Field(
         "elbo", description="elbo: the bound; published: the post's, whose sampler and KL disagree"
     )
-    beta: float = Field(1.0, ge=0, description="weight of the KL; the loss is a bound only at 1")
+    beta: float = Field(1.0, ge=0, description="weight of the KL; below 1 the loss is no bound, above 1 a looser one")
     kl_warmup_steps: int = Field(
         500,
         ge=0,
@@ -450,11 +450,12 @@ class Config(Settings):
 
     @property
     def loss_meaning(self):
-        """What the loss is: "negative ELBO", which bounds the likelihood, or in which way it is no bound."""
+        """What the loss is: "negative ELBO", which bounds the likelihood, or how it is another bound or none."""
         departures = ["the post's objective"] if self.objective == "published" else []
         if self.beta != 1:
             departures.append(f"beta {self.beta:g}")
-        return f"{', '.join(departures)}: no bound" if departures else "negative ELBO"
+        looser = self.objective == "elbo" and self.beta > 1  # as the KL is not negative
+        return f"{', '.join(departures)}: {'a looser' if looser else 'no'} bound" if departures else "negative ELBO"
 
     def recipe(self):
         """The fields that decide what is trained, as plain values: two runs with equal recipes are the same run.

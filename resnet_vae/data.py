@@ -100,17 +100,22 @@ def load_test_images(config, trained_on):
 
     Args:
         config: as of `load_data`.
-        trained_on: the fingerprint of the data that the network was trained on. Of other data without test images of
-            their own these are all images.
+        trained_on: `Config.dataset` and the fingerprint of the data that the network was trained on. Of other data
+            without test images of their own these are all images.
 
     Returns:
         The data set's name, uint8 images (images, height, width, channels), and the set's fingerprint.
 
     Raises:
-        DataError: as of `load_data`.
+        DataError: as of `load_data`; or data without test images of their own that have changed since the training.
     """
-    found = _read(config)
-    whole = found.test is None and found.fingerprint != trained_on
+    found, (dataset, fingerprint) = _read(config), trained_on
+    whole = found.test is None and found.fingerprint != fingerprint
+    if whole and len({os.path.realpath(os.path.expanduser(path)) for path in (config.dataset, dataset)}) == 1:
+        raise DataError(
+            f"{config.dataset} has changed since it was trained on, so that its test images are not known; expected "
+            "the images of then, or other data"
+        )
     images = found.train.images if whole else _divided(found, config).test
     return config.data_name, images, found.fingerprint
 
@@ -248,7 +253,7 @@ def augment(images, words, rng):
     """Change images at random, each in its own way, as a photograph of the same thing could differ.
 
     Args:
-        images: uint8 (images, height, width, channels).
+        images: uint8, or floats in [0, 1], (images, height, width, channels).
         words: of "flip" (left and right, one image in two), "shift" (up to 4 pixels, black at the border) and "color"
             (brightness, contrast and each channel, up to a fifth more or less).
         rng: a NumPy Generator, which alone decides.
@@ -274,7 +279,8 @@ def augment(images, words, rng):
         balance = rng.uniform(1 - COLOR, 1 + COLOR, (count, 1, 1, channels)).astype("float32")
         means = images.mean((1, 2, 3), keepdims=True, dtype="float32")
         changed = ((images - means) * contrast + means * brightness) * balance
-        images = np.clip(np.round(changed), 0, 255).astype("uint8")
+        whole = images.dtype == "uint8"
+        images = np.clip(np.round(changed) if whole else changed, 0, 255 if whole else 1).astype(images.dtype)
     return images
 
 
@@ -426,10 +432,13 @@ ARRAYS = {  # usual names in an .npz file
 
 
 def _npz(path):
-    """Arrays of images by the usual names; float arrays hold values in [0, 1]."""
+    """Arrays of images by the usual names, and no others; float arrays hold values in [0, 1]."""
+    usual_names = [name for usual in ARRAYS.values() for name in usual]
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
+            others = [name for name in map(_stem, archive.namelist()) if name not in usual_names]
+            others = [name for name in others if _axes(archive, name) > 2]
         _check_memory("its arrays", size, "save fewer or smaller ones")
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
@@ -443,10 +452,27 @@ def _npz(path):
             raise DataError(f"{path} has arrays {' and '.join(those)}; expected one of them: each may be the {what}")
     if "train" not in found:
         raise DataError(f"{path} has arrays {', '.join(names) or '(none)'}; expected x_train (and x_test), or images")
+    if others:
+        raise DataError(
+            f"{path} has arrays {', '.join(others)}, which may be images; expected x_train (and x_test), or images, "
+            "and no others: rename them or leave them out"
+        )
     return tuple(
         _Part(_levels(path, found[role]), found.get(f"{role} labels")) if role in found else None
         for role in ("train", "test")
     )
+
+
+def _stem(member):
+    return member.removesuffix(".npy")
+
+
+def _axes(archive, name):
+    """The number of an array's axes, by its header alone."""
+    with archive.open(f"{name}.npy") as file:
+        old = np.lib.format.read_magic(file) == (1, 0)
+        shape, *_ = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(file)
+    return len(shape)
 
 
 def _array(arrays, name, role):

@@ -203,6 +203,14 @@ def is_finished(config, data=None):
         return False
     _read(folder / "metrics.json", _Metrics)
     former = read_config(folder)
+    if (folder / "provenance.json").exists():  # or else the table tells
+        files = _read(folder / "provenance.json", _Provenance)["files"]
+        for name in ("config.json", "history.csv", "metrics.json"):
+            if name in files and (folder / name).exists() and files[name] != sha256_of(folder / name):
+                raise RecordError(
+                    f"{folder / name} is not the file that the finished run there wrote, as when another run is copied "
+                    "over it; bring it back, or move that folder away"
+                )
     recorded, asked = former.recipe(), config.recipe()
     if asked["image_shape"] is None and former.origins["image_shape"] == "default":  # both as the data have it
         asked["image_shape"] = recorded["image_shape"]

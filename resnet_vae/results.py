@@ -115,7 +115,8 @@ def evaluate_run(folder, dataset):
 
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     asked = run.config.replace(dataset=dataset, validation="test")
-    name, images, fingerprint = load_test_images(asked, run.provenance["data"]["fingerprint"])
+    trained_on = run.config.dataset, run.provenance["data"]["fingerprint"]
+    name, images, fingerprint = load_test_images(asked, trained_on)
     result = {
         "dataset": dataset,
         "data": name,
@@ -205,6 +206,10 @@ def _differing(runs, value):
     return "; ".join(f"{', '.join(names)}: {each}" for each, names in alike.items()) if len(alike) > 1 else ""
 
 
+def _commit(run):
+    return str(run.provenance["commit"])[:7] + (" changed" if run.provenance.get("dirty") else "")
+
+
 def notes(runs):
     """What a reader of the table must know, a sentence each."""
     remarks = ["Losses, reconstruction and KL in nats per image, at the epoch with the lowest validation loss."]
@@ -218,6 +223,14 @@ def notes(runs):
     kept = ["backend"] if "precision" in swept(runs) else ["backend", "precision"]  # what no column tells
     if told := _differing(told_of, lambda run: ", ".join(str(run.provenance[name]) for name in kept)):
         remarks.append(f"The rows are not all of one {' and '.join(kept)}: {told}.")
+    of_commits = [run for run in runs if run.provenance.get("commit")]
+    if told := _differing(of_commits, _commit):
+        remarks.append(f"The rows are not all of one commit of the code: {told}.")
+    if "seed" in swept(runs) and any(run.config.validation == "holdout" for run in runs):
+        remarks.append(
+            "With another seed other images are set apart, for validation and, where the data have no test images of "
+            "their own, for the test: losses of different seeds are of different images."
+        )
     remarks.append(
         "The post's rows: CIFAR-10, at full width, on a GTX 1070, as the post gives them: training and validation loss "
         "are each the lowest of all epochs, with the L2 penalty of its heads, which ours leave out; reconstruction and "
@@ -239,7 +252,7 @@ def notes(runs):
             "from. Bounds compare across objectives."
         )
     if any(run.config.beta != 1 for run in runs):
-        remarks.append("Where beta is not 1, the loss is no bound.")
+        remarks.append("Where beta is not 1, the loss is no bound (below 1) or a looser one (above 1).")
     for run in runs:
         if (done := run.metrics["epochs"]) < run.config.epochs:
             told = f"{run.folder.name} was stopped after {done} of {run.config.epochs} epochs, by PATIENCE"

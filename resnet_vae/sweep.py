@@ -45,7 +45,8 @@ def runs_of(folder, environ=None):
         config = Config.from_env({**environ, **settings, "OUTDIR": str(Path(folder, name))})
         first = alike.setdefault(_key(config), name)  # which the table can tell apart
         if name in runs or first != name:
-            raise ConfigError(f"{name} is there twice" if name in runs else f"{first} and {name} are the same run")
+            told = f"{first} and {name} are the same run; expected each once in {folder}: move one out of it"
+            raise ConfigError(f"{name} is there twice" if name in runs else told)
         if not is_finished(config):
             checkpoints.check_recipe(config)
             check_dataset(config.dataset)

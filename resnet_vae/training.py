@@ -10,7 +10,6 @@ import time
 import weakref
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 
 import filelock
 import keras
@@ -18,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from resnet_vae import checkpoints
-from resnet_vae.config import UserError
+from resnet_vae.config import AUGMENTATIONS, UserError, parse_words
 from resnet_vae.data import augment, check_data_of, entropy_floor, load_data
 from resnet_vae.devices import devices, precision
 from resnet_vae.optimizer import compile_vae
@@ -31,7 +30,6 @@ from resnet_vae.records import (
     is_finished,
     json_text,
     sha256_of,
-    versions,
     whole,
     write_json,
     write_text,
@@ -40,8 +38,6 @@ from resnet_vae.vae import build_vae, count_parameters, kl_divergence
 
 PLATEAU = {"factor": 0.5, "patience": 25}  # of SCHEDULE=plateau, the post's
 ROLLBACK_FACTOR = 0.5  # of the learning rate, each time that a training goes back
-NETWORK = ("initialization", "loop", "convolution", "normalization", "blocks", "networks", "vae")
-MODULES = ("config", "data", "devices", *NETWORK, "optimizer", "training")  # whose code decides what is trained
 SHARE = 0.01  # of the time that writing checkpoints may take
 COLUMNS = (*HISTORY, "learning_rate", "seconds", "rollbacks")
 OUT_OF_MEMORY = re.compile("RESOURCE_?EXHAUSTED|out ?of ?memory", re.IGNORECASE)
@@ -74,25 +70,39 @@ class Batches(keras.utils.PyDataset):
     """Batches of images for `fit` and `evaluate`: uint8, (batch, height, width, channels).
 
     Args:
-        images: array (images, height, width, channels).
+        images: array (images, height, width, channels), uint8 or floats in [0, 1].
         batch_size: images a batch, fewer where there are fewer.
         seed: batches are whole and in an order that is a function of the seed and the epoch; without a seed all
             images come, in order.
-        epoch: number of the epoch, from 0.
+        epoch: number of the epoch, from 0; a `fit` of several goes on to the next ones, unless it is given `feed`.
         skip: number of batches to leave out at the beginning.
         augmentations: words of `resnet_vae.data.augment`, whose chances are a function of seed, epoch and batch.
 
     Raises:
-        ValueError: augmentations without a seed.
+        ValueError: no images, or batches of none; unknown augmentations, or any without a seed.
     """
 
     def __init__(self, images, batch_size, seed=None, epoch=0, skip=0, augmentations=()):
         super().__init__()
+        if len(images) < 1 or batch_size < 1:
+            raise ValueError(f"{len(images)} images in batches of {batch_size}; expected one or more of both")
+        augmentations = parse_words(augmentations)
+        if unknown := [word for word in augmentations if word not in AUGMENTATIONS]:
+            raise ValueError(f"augmentations {', '.join(unknown)}; expected some of {', '.join(AUGMENTATIONS)}")
         if augmentations and seed is None:
             raise ValueError(f"augmentations {', '.join(augmentations)} need a seed, as seed=0")
         self.images, self.batch_size, self.skip = images, min(batch_size, len(images)), skip
         self.seed, self.epoch, self.augmentations = seed, epoch, augmentations
-        self.order = None if seed is None else np.random.default_rng((seed, epoch)).permutation(len(images))
+        self._shuffle()
+
+    def _shuffle(self):
+        """Put the images into the order of the epoch."""
+        order = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
+        self.order = order and order.permutation(len(self.images))
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        self._shuffle()
 
     def __len__(self):
         count = len(self.images) / self.batch_size
@@ -422,20 +432,8 @@ class Training(keras.callbacks.Callback):
 
 def identity(config, data):
     """What must match for a checkpoint to be resumed: recipe, data, code, libraries, precision."""
-    code = hashlib.sha256()
-    for name in MODULES:
-        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    backend = keras.backend.backend()
-    installed = versions()
-    return {
-        **config.recipe(),
-        "data": data.fingerprint,
-        "code": code.hexdigest(),
-        "backend": backend,
-        "keras_version": installed["keras"],
-        "backend_version": installed[backend],
-        "precision": precision(config),  # and not "auto"
-    }
+    programs = checkpoints.programs(keras.backend.backend())
+    return {**config.recipe(), "data": data.fingerprint, **programs, "precision": precision(config)}  # and not "auto"
 
 
 @contextmanager
@@ -476,6 +474,7 @@ def train(config, data=None):
     if data is not None:
         check_data_of(config, data)
     if is_finished(config, data):
+        checkpoints.remove(folder)  # of a process that was killed when it had recorded the run
         print(f"{folder} holds a finished run of this configuration")
         return folder
     data = data or load_data(config)
@@ -523,8 +522,8 @@ def _train(config, data, folder):
         be_deterministic()
     print(config.describe())
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    for path in folder.glob("partial-*-*"):  # of a process that was killed
-        path.unlink()
+    for path in (*folder.glob("partial-*-*"), *folder.glob("evaluation-*.json")):  # of a process that was killed, of
+        path.unlink()  # another run
     training = Training(config, data, folder)
     write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
     if training.sessions > 1:

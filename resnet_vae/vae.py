@@ -6,6 +6,7 @@ pixels, channels and latents, averages over images.
 
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral, Real
 
 import keras
 import numpy as np
@@ -74,13 +75,15 @@ class Sampling(layers.Layer):
             change how training goes on.
 
     Raises:
-        ValueError: an unknown objective.
+        ValueError: an unknown objective, a seed that is no whole number.
     """
 
     def __init__(self, objective="elbo", seed=0, **kwargs):
         super().__init__(**{"dtype": "float32", **kwargs})
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+        if not isinstance(seed, Integral):
+            raise ValueError(f"seed is {seed!r}; expected a whole number")
         self.objective, self.seed = objective, seed
         self.training_noise = keras.random.SeedGenerator(seed, name="training_noise")
         self.evaluation_noise = keras.random.SeedGenerator(seed + 1, name="evaluation_noise")
@@ -221,6 +224,10 @@ class VAE(_Model):
     the posterior. `evaluate` and `predict` restart the noise, so they repeat exactly. Weights of samples or classes are
     refused, since the objective is a mean over images.
 
+    In a training loop of one's own, `compute_loss(images)` after a call is what is minimised; `losses` are the terms
+    without beta and warm-up. By itself `export` is for floats; for uint8 images:
+    `input_signature=[keras.InputSpec(shape=(None, height, width, channels), dtype="uint8")]`.
+
     Metrics, nats per image: `loss` = reconstruction + beta × kl, `reconstruction`, `kl`, and `penalty`, the L2
     penalties of the heads, which training minimises too and `loss` leaves out.
 
@@ -228,17 +235,18 @@ class VAE(_Model):
         encoder: Model, floats in [0, 1] → [mean, log-variance]; that of `build_encoder` takes uint8 by itself, too.
         decoder: Model, latents → images in [0, 1], not logits; the generator by itself.
         objective: "elbo" or "published", see `Sampling`.
-        beta: weight of the KL; the loss is a bound only at 1. It may be changed at any time, as in a callback; the next
-            training step is then compiled anew, as it is when kl_warmup_steps are changed.
+        beta: weight of the KL, a number; below 1 the loss is no bound, above 1 a looser one. It may be changed at any
+            time, as in a callback; the next training step is then compiled anew, as it is when kl_warmup_steps are
+            changed.
         seed: of the sampler.
         kl_warmup_steps: training steps over which the KL's weight rises from 0 to beta, in what is minimised, not in
             what is printed; so that latents come into use before the KL switches them off
             (https://arxiv.org/abs/1602.02282).
 
     Raises:
-        ValueError: an unknown objective; a decoder of other images, or of values beyond [0, 1]; images of another shape
-            than the encoder's. Of an array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0,
-            255] or 0 and 1 alone.
+        ValueError: an unknown objective; a seed that is no whole number, a beta or kl_warmup_steps that are no numbers;
+            a decoder of other images, or of values beyond [0, 1]; images of another shape than the encoder's. Of an
+            array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0, 255] or 0 and 1 alone.
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):
@@ -256,7 +264,8 @@ class VAE(_Model):
                         f"the encoder makes latents of shape {tuple(output.shape[1:])}, the decoder takes {latents[1:]}"
                     )
         self.encoder, self.decoder = encoder, decoder
-        self.objective, self.beta, self.seed, self.kl_warmup_steps = objective, beta, seed, kl_warmup_steps
+        self.beta, self.kl_warmup_steps = beta, kl_warmup_steps
+        self._own_losses = None  # how many of a subclass's come before the objective's terms in `losses`
         self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")
         self.sampler = Sampling(objective, seed, name="sampler")
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction", dtype="float32")
@@ -267,9 +276,22 @@ class VAE(_Model):
         self._logits, self._calibration = (lambda: logits), (lambda: calibration)  # so that Keras counts no layer twice
         self.build(getattr(encoder, "input_shape", None))
 
+    @property
+    def objective(self):
+        """The sampler's objective."""
+        return self.sampler.objective
+
+    @property
+    def seed(self):
+        """The sampler's seed."""
+        return self.sampler.seed
+
     def __setattr__(self, name, value):
+        numbers = name in ("beta", "kl_warmup_steps")  # in the traces of the steps
+        if numbers and not isinstance(value, Real):
+            raise ValueError(f"{name} is {value!r}; expected a number, which may be changed at any time")
         super().__setattr__(name, value)
-        if name in ("beta", "kl_warmup_steps"):  # numbers in the traces of the steps
+        if numbers:
             if getattr(self, "train_function", None):
                 self.make_train_function(force=True)
             if getattr(self, "test_function", None):
@@ -296,15 +318,22 @@ class VAE(_Model):
 
     def call(self, images, training=False):
         *terms, logits = self.terms(images, training)
+        self._own_losses = len(self._losses)
         for term in terms:
-            self.add_loss(ops.mean(term))  # compute_loss reads them: the first of self.losses
+            self.add_loss(ops.mean(term))  # compute_loss reads them
         return ops.sigmoid(logits)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         _check_weights({"sample_weight": sample_weight})
         if self._compile_loss is not None:
             raise ValueError("the VAE's objective is its own; compile it without loss (metrics may be given)")
-        kl, reconstruction, *penalties = self.losses
+        first, losses = self._own_losses, self.losses
+        if first is None or len(losses) < first + 2:
+            raise ValueError(
+                "the objective's terms are not known; call the VAE first, or from a subclass's `call` its own"
+            )
+        kl, reconstruction = losses[first : first + 2]
+        penalties = [*losses[:first], *losses[first + 2 :]]
         penalty = sum((ops.cast(each, "float32") for each in penalties), start=ops.zeros((), "float32"))
         count = ops.shape(x)[0]
         self.reconstruction_metric.update_state(reconstruction, sample_weight=count)
@@ -352,6 +381,7 @@ class VAE(_Model):
 
     def train_on_batch(self, x, *args, **kwargs):
         self._check(x)
+        _check_weights(kwargs)
         return super().train_on_batch(x, *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):
@@ -462,7 +492,7 @@ def build_vae(config, image_shape=None):
 
     Returns:
         A built, not yet compiled `VAE`. Its weights are drawn by Keras's global generator, which
-        `keras.utils.set_random_seed` sets.
+        `keras.utils.set_random_seed` sets; its precision is the configuration's, whatever Keras's dtype policy is.
 
     Raises:
         ValueError: a height or width that is not a multiple of 8, or an image shape that only the data can tell.

@@ -32,15 +32,19 @@ if [ -z "${RUNNER:-}" ]; then
   if "$PYTHON" -c "import nbconvert, ipykernel" 2> /dev/null; then RUNNER=notebook; else RUNNER=command; fi
 fi
 
-failed=() busy=()
-evaluated=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "${EVALUATE:-}") # as a record has it
+failed=() busy=() EVALUATE=${EVALUATE:-}
+evaluated=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$EVALUATE") # as a record has it
 evaluate() { # a finished run, once
-  [ -z "${EVALUATE:-}" ] && return
+  [ -z "${EVALUATE//[[:space:]]/}" ] && return
   grep -qsF "\"dataset\": $evaluated" "$1"/evaluation-*.json && return
-  "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" || failed+=("evaluating $1")
+  "$PYTHON" -m resnet_vae evaluate "$1" "$EVALUATE" &
+  child=$!
+  wait "$child" || failed+=("evaluating $1")
+  child=
 }
 
-while read -ra settings <&3; do # not mapfile, which macOS's bash is without
+while read -r run <&3; do # not mapfile, which macOS's bash is without
+  read -ra settings <<< "$run"
   name=${settings[0]}
   settings[0]=OUTDIR=$sweep/$name
   env "${settings[@]}" "$PYTHON" -m resnet_vae finished
@@ -66,14 +70,23 @@ while read -ra settings <&3; do # not mapfile, which macOS's bash is without
   wait "$child"
   case $? in
     0) evaluate "$sweep/$name" ;;
-    4) busy+=("$name") ;;
+    4) busy+=("$run") ;;
     *) failed+=("$name") ;;
   esac
   child=
 done 3<<< "$runs"
 
-for name in ${busy[@]+"${busy[@]}"}; do # in another process, which may have finished meanwhile
-  if [ -f "$sweep/$name/metrics.json" ]; then evaluate "$sweep/$name"; else failed+=("$name (in work elsewhere)"); fi
+for run in ${busy[@]+"${busy[@]}"}; do # in another process, which may have finished meanwhile, with other settings
+  read -ra settings <<< "$run"
+  name=${settings[0]}
+  settings[0]=OUTDIR=$sweep/$name
+  env "${settings[@]}" "$PYTHON" -m resnet_vae finished
+  case $? in
+    0 | 3)
+      if [ -f "$sweep/$name/metrics.json" ]; then evaluate "$sweep/$name"; else failed+=("$name (in work elsewhere)"); fi
+      ;;
+    *) failed+=("$name") ;;
+  esac
 done
 "$PYTHON" -m resnet_vae table "$sweep" || failed+=(table)
 if [ ${#failed[@]} -gt 0 ]; then

@@ -78,6 +78,9 @@ def test_augmentation_is_a_function_of_its_generator_and_keeps_what_it_should():
     assert len(places) == 64
     assert len({i for i, _ in places}) == len({j for _, j in places}) == 9
     colored = augment(images, ("color",), np.random.default_rng(1)).astype(float)
+    floats = augment((images / 255).astype("float32"), ("color",), np.random.default_rng(1))
+    assert floats.dtype == "float32"
+    np.testing.assert_allclose(floats * 255, colored, atol=0.501)  # which is rounded
     ratio = colored.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert 0.6 < ratio.min() < 0.95 < 1.05 < ratio.max() < 1.45
     dull = RNG.integers(100, 150, (256, 16, 8, 1)).astype("uint8")  # nothing is cut off
@@ -419,7 +422,7 @@ def test_photographs_whose_metadata_cannot_be_read(tmp_path):
 @pytest.mark.parametrize("names", [("x_train", "x_test"), ("xtr", "xte")])
 def test_npz_of_arrays(tmp_path, names):
     arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
-    np.savez(tmp_path / "a.npz", **arrays)
+    np.savez(tmp_path / "a.npz", **arrays, mean_of_pixels=np.zeros((8, 2)))  # which is no array of images
     data = load(tmp_path / "a.npz", validation="test")
     np.testing.assert_array_equal(data.train, arrays[names[0]])
     np.testing.assert_array_equal(data.test, arrays[names[1]])
@@ -446,6 +449,7 @@ def test_npz_of_floats_and_without_channels(tmp_path):
         ({"x_train": np.full((20, 8, 8), "a")}, "expected numbers"),
         ({"x_train": np.zeros((20, 8, 8), object)}, "cannot be read"),
         ({"pictures": np.zeros((20, 8, 8))}, "has arrays pictures; expected x_train"),
+        ({"x_train": pictures(20, 8, 8), "X_test": pictures(5, 8, 8)}, "has arrays X_test, which may be images"),
         ({"x_train": np.zeros((0, 8, 8), "uint8")}, "no training images"),
         ({"x_train": np.zeros((9, 8, 8), "uint8")}, "9 images are too few to hold some out; at least 10 are needed"),
         ({"x_train": np.zeros((10, 8, 8), "uint8")}, "too few.* 11 where test images are held out as well"),

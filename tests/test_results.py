@@ -436,6 +436,22 @@ def test_runs_that_are_not_finished_are_told(sweep, capsys, monkeypatch):
     assert "| depth-40 |" not in told.out
 
 
+def test_rows_of_several_commits_or_seeds_are_told(tmp_path):
+    """Seeds only where images are set apart by them."""
+    for seed, commit, dirty in ((0, "a" * 40, False), (1, "b" * 40, True), (2, None, None)):
+        write_run(tmp_path / f"seed-{seed}", 28, 1850.0, seed=seed)
+        path = tmp_path / f"seed-{seed}" / "provenance.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "commit": commit, "dirty": dirty}))
+    table = write_table(read_sweep(tmp_path), tmp_path)
+    assert "The rows are not all of one commit of the code: seed-0: aaaaaaa; seed-1: bbbbbbb changed." in table
+    assert "losses of different seeds are of different images" in table
+    write_run(tmp_path / "test" / "seed-0", 28, 1850.0, validation="test")
+    write_run(tmp_path / "test" / "seed-1", 28, 1850.0, validation="test", seed=1)
+    table = write_table(read_sweep(tmp_path / "test"), tmp_path / "test")
+    assert "not all of one commit" not in table
+    assert "of different seeds" not in table
+
+
 def test_rows_of_several_backends_or_precisions_are_told(tmp_path):
     """Runs of one recipe on two backends are two lines, too."""
     for name, backend, precision in (("a", "tensorflow", "float32"), ("b", "jax", "float32"), ("c", "jax", "float32")):

@@ -231,6 +231,32 @@ def test_what_another_process_has_finished_meanwhile_is_finished(stand_in, tmp_p
     assert [call.split()[1] for call in calls if call.startswith("evaluate")] == ["sweep/depth-28", "sweep/depth-34"]
 
 
+def test_what_another_process_has_finished_with_other_settings_is_not(stand_in, tmp_path):
+    """By then this is known; before, while there is no checkpoint, it is not."""
+    asked_again = 'case "$*" in *" finished") [ -f trained ] && exit 2 ;; *" train") touch trained ;; esac\nfor word'
+    write_program(tmp_path / "python", STAND_IN.replace("for word", asked_again))
+    for depth in (28, 34):
+        write_run(tmp_path / "sweep" / f"depth-{depth}", depth, 1850.0)
+    code, told, calls = stand_in("finished:3 train:4", EVALUATE=" ")
+    assert (code, told) == (1, "error: not finished: depth-34 depth-28\n")
+    assert not [call for call in calls if call.startswith("evaluate")]
+
+
+@pytest.mark.usefixtures("without_backend")
+def test_an_unfinished_run_of_other_code_or_another_backend_is_told_before_the_first_training(tmp_path, monkeypatch):
+    config = Config(**TINY, resnet_depth=28, outdir=str(tmp_path / "depth-28"))
+    config.folder.mkdir()
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    given = {name.upper(): str(value) for name, value in TINY.items()} | {"DEPTHS": "28"}
+    for there, told in (({"code": "0"}, "another code"), ({"backend": "jax"}, "BACKEND jax there, tensorflow here")):
+        identity = {**config.recipe(), **checkpoints.programs("tensorflow"), **there}
+        checkpoints.save(config.folder, {"identity": identity}, [])
+        with pytest.raises(ConfigError, match=told):
+            runs_of(tmp_path, given)
+    checkpoints.save(config.folder, {"identity": {**config.recipe(), **checkpoints.programs("tensorflow")}}, [])
+    assert list(runs_of(tmp_path, given | {"ROLLBACKS": "2"})) == ["depth-28"]  # as is advised where it diverges
+
+
 def test_a_run_by_another_spelling_is_not_another_run(tmp_path):
     """Also where it is in the sweep's folder already, trained or begun, with the shape of its images."""
     write_run(
@@ -264,10 +290,18 @@ def test_a_sweep_with_a_mistake_trains_nothing(stand_in):
     assert stand_in("sweep:2") == (2, "", ["sweep sweep  "])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number, code):
-    write_program(tmp_path / "python", STAND_IN + 'case "$*" in *train*) echo $$ > pid; exec sleep 60 ;; esac\n')
-    environ = {"REAL": sys.executable, "PYTHON": f"{tmp_path}/python", "RUNNER": "command", "FAILS": "finished:3"}
+@pytest.mark.parametrize(
+    ("number", "code", "word", "fails"),
+    [
+        (signal.SIGINT, 130, "train", "finished:3"),
+        (signal.SIGTERM, 143, "train", "finished:3"),
+        (signal.SIGTERM, 143, "evaluate", ""),
+    ],
+)
+def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number, code, word, fails):
+    write_program(tmp_path / "python", f'{STAND_IN}case "$*" in *{word}*) echo $$ > pid; exec sleep 60 ;; esac\n')
+    environ = {"REAL": sys.executable, "PYTHON": f"{tmp_path}/python", "RUNNER": "command", "FAILS": fails}
+    environ["EVALUATE"] = "digits"
     calls, pid = tmp_path / "calls", tmp_path / "pid"
     with subprocess.Popen(
         [SCRIPTS / "run_all.sh", "sweep"],
@@ -283,7 +317,7 @@ def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number
         assert running.wait(20) == code
         assert not Path("/proc", pid.read_text().strip()).exists()
         assert running.stderr.read() == "interrupted; the same command goes on\n"
-    assert calls.read_text().count("train") == 1
+    assert calls.read_text().count(word) == 1
 
 
 def test_table1_trains_both_objectives_where_there_is_no_gpu(stand_in, tmp_path):

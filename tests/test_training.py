@@ -36,7 +36,6 @@ from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read
 from resnet_vae.results import evaluate_run, write_table
 from resnet_vae.training import (
     COLUMNS,
-    MODULES,
     PLATEAU,
     Batches,
     DivergenceError,
@@ -82,6 +81,15 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert len(Batches(images, 64, 0)) == 1
     with pytest.raises(ValueError, match="augmentations flip need a seed, as seed=0"):
         Batches(images, 4, augmentations=("flip",))
+    with pytest.raises(ValueError, match="augmentations Flip, rotate; expected some of flip, shift, color"):
+        Batches(images, 4, 0, augmentations="Flip, rotate")
+    for few, size in ((images[:0], 4), (images, 0)):
+        with pytest.raises(ValueError, match=f"{len(few)} images in batches of {size}; expected one or more of both"):
+            Batches(few, size)
+    batches, following = Batches(images, 4, 0, augmentations="flip"), Batches(images, 4, 0, 1, augmentations="flip")
+    assert (batches[0][0] != following[0][0]).any()
+    batches.on_epoch_end()
+    np.testing.assert_array_equal(batches[0][0], following[0][0])
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere these are the batches themselves")
@@ -667,7 +675,7 @@ def test_a_checkpoint_is_of_all_code_that_decides_what_is_trained():
         name = new.pop()
         found.add(name)
         new |= set(re.findall(r"^from resnet_vae\.(\w+) import", (folder / f"{name}.py").read_text(), re.M)) - found
-    assert found - {"records"} == set(MODULES)
+    assert found - {"records"} == set(checkpoints.MODULES)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -874,14 +882,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch):
     refused("PRECISION float32 there, mixed_float16 here")
     monkeypatch.undo()
     versions = {"keras": "3", keras.backend.backend(): "1"}
-    monkeypatch.setattr("resnet_vae.training.versions", lambda: versions)
+    monkeypatch.setattr("resnet_vae.checkpoints.versions", lambda: versions)
     refused(f"KERAS_VERSION {keras.__version__} there, 3 here; BACKEND_VERSION ")
     monkeypatch.undo()
     monkeypatch.setattr("resnet_vae.training.keras.backend.backend", lambda: "numpy")
-    monkeypatch.setattr("resnet_vae.training.versions", lambda: {"keras": "3", "numpy": "2"})
+    monkeypatch.setattr("resnet_vae.checkpoints.versions", lambda: {"keras": "3", "numpy": "2"})
     refused(f"BACKEND {os.environ.get('KERAS_BACKEND', 'tensorflow')} there, numpy here")
     monkeypatch.undo()
-    monkeypatch.setattr("resnet_vae.training.MODULES", MODULES[:-1])
+    monkeypatch.setattr("resnet_vae.checkpoints.MODULES", checkpoints.MODULES[:-1])
     refused("another code")
 
 
@@ -1126,6 +1134,24 @@ def test_a_run_is_not_evaluated_on_images_that_it_was_trained_on(copied_run, tmp
     provenance["data"]["fingerprint"] = fingerprint
     (copied_run / PROVENANCE).write_text(json.dumps(provenance))
     assert evaluate_run(copied_run, str(own))["images"] == 4
+    record = json.loads((copied_run / "config.json").read_text())
+    record["values"]["dataset"] = str(own)
+    (copied_run / "config.json").write_text(json.dumps(record))
+    np.savez(own, images=RNG.integers(0, 256, (41, 16, 16, 1), "uint8"))
+    with pytest.raises(DataError, match="has changed since it was trained on"):
+        evaluate_run(copied_run, own)
+
+
+def test_what_was_copied_over_a_finished_run_is_told(copied_run):
+    """And what a process left that was killed when it had recorded the run goes."""
+    config = read_run(copied_run).config.replace(outdir=str(copied_run))
+    (copied_run / "checkpoint").write_bytes(b"left")
+    assert train(config) == copied_run
+    assert not (copied_run / "checkpoint").exists()
+    with open(copied_run / "history.csv", "a") as file:
+        file.write(file.name)
+    with pytest.raises(RecordError, match=r"history\.csv is not the file that the finished run there wrote"):
+        is_finished(config)
 
 
 def test_a_new_process_evaluates_to_the_recorded_figures(tmp_path):

@@ -644,6 +644,61 @@ def test_a_decoder_of_other_images_is_refused(tiny_vae):
         VAE(tiny_vae.encoder, unknown).terms(keras.ops.zeros((16, 16, 16, 1)))
 
 
+def test_log_variances_come_back_from_beyond_their_limits():
+    """As the KL has them do; with the gradient of a clip, which is zero there, they would stay."""
+    value = keras.Input((1,))
+    bound = networks.Bound(dtype="float32")
+    model = keras.Model(value, bound(keras.layers.Dense(1, use_bias=False, name="head")(value)))
+    model.compile("sgd", loss=lambda _, log_var: keras.ops.mean(keras.ops.expm1(log_var) - log_var) / 2)
+    for start, limit in ((-25.0, -20), (15.0, 10), (-7.0, -7)):
+        model.get_layer("head").set_weights([np.full((1, 1), start)])
+        one = np.ones((1, 1), "float32")
+        assert model.predict(one, verbose=0) == limit
+        model.fit(one, one, verbose=0)
+        (after,) = model.get_layer("head").get_weights()
+        assert after == pytest.approx(start - 0.01 * np.expm1(limit) / 2, rel=1e-4)
+
+
+def test_a_subclass_may_add_losses_before_the_objectives(tiny_vae, images):
+    class Penalised(VAE):
+        def call(self, x, training=False):
+            self.add_loss(keras.ops.convert_to_tensor(3.0))
+            return super().call(x, training=training)
+
+    class Another(VAE):
+        def call(self, x, training=False):
+            return self.decoder(self.encoder(x)[0])
+
+    figures = []
+    for kind in (VAE, Penalised):
+        vae = kind(tiny_vae.encoder, tiny_vae.decoder)
+        vae.compile()
+        figures.append(vae.evaluate(images[:8], return_dict=True, verbose=0))
+    plain, penalised = figures
+    assert penalised == pytest.approx({**plain, "penalty": plain["penalty"] + 3}, rel=1e-5)
+    with pytest.raises(ValueError, match="the objective's terms are not known; call the VAE first"):
+        VAE(tiny_vae.encoder, tiny_vae.decoder).compute_loss(images[:8])
+    vae = Another(tiny_vae.encoder, tiny_vae.decoder)
+    vae.compile()
+    with pytest.raises(ValueError, match="the objective's terms are not known"):
+        vae.evaluate(images[:8], verbose=0)
+
+
+def test_what_cannot_be_changed_or_is_no_number_is_told(tiny_vae, images):
+    vae = VAE(tiny_vae.encoder, tiny_vae.decoder)
+    for name in ("beta", "kl_warmup_steps"):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a number"):
+            setattr(vae, name, keras.Variable(0.5))
+    for name, value in (("objective", "published"), ("seed", 3)):  # they are the sampler's
+        with pytest.raises(AttributeError):
+            setattr(vae, name, value)
+    with pytest.raises(ValueError, match="seed is None; expected a whole number"):
+        VAE(tiny_vae.encoder, tiny_vae.decoder, seed=None)
+    vae.compile("sgd")
+    with pytest.raises(ValueError, match="class_weight is not supported"):
+        vae.train_on_batch(images[:8], class_weight={0: 1.0})
+
+
 def test_parts_may_have_penalties_of_another_precision():
     """Of float64 or of bfloat16 as of float32, in which the loss is."""
     image = keras.Input((8, 8, 1))
