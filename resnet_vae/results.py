@@ -203,6 +203,9 @@ def _differing(runs, value):
     alike = {}
     for run in runs:
         alike.setdefault(value(run), []).append(run.folder.name)
+    most = max(alike, key=lambda each: len(alike[each]), default=None)
+    if len(alike.get(most, ())) > 4:
+        alike[most] = ["the others"]
     return "; ".join(f"{', '.join(names)}: {each}" for each, names in alike.items()) if len(alike) > 1 else ""
 
 

@@ -10,7 +10,7 @@ import pytest
 from resnet_vae import blocks, initialization
 from resnet_vae.blocks import Repeated, ResidualBlock, conv_block, identity_block
 from resnet_vae.loop import traced_once
-from resnet_vae.normalization import BatchNormalization, _batch_moments
+from resnet_vae.normalization import BatchNormalization, _batch_moments, fold
 
 RNG = np.random.default_rng(0)
 EPSILON = 0.1
@@ -111,6 +111,7 @@ PLAIN_KINDS = {
     "pre, basic, transposed, pool": {**BASIC, "transpose": True, "shortcut": "pool", "order": "pre"},
     "pre, basic, pad": {**BASIC, "shortcut": "pad", "order": "pre"},
     "pre, none": {**CONV, "shortcut": "none", "order": "pre"},
+    "pre, learned step": {**CONV, "order": "pre", "learned_step": True},
 }
 FAST_KINDS = {
     "conv, narrow": {**CONV, "filters": (3, 4, 24)},
@@ -906,3 +907,40 @@ def test_no_two_biases_have_the_same_operation_for_their_gradient(order, filters
     operations = gradients.get_concrete_function(tf.zeros((2, 8, 8, 4))).graph.get_operations()
     inputs = [operation.inputs[0].name for operation in operations if operation.type == "BiasAddGrad"]
     assert len(set(inputs)) == len(inputs)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_loop_in_bfloat16_trains_as_single_blocks_do(remat):
+    """Its averages move as theirs, by less than bfloat16 can tell."""
+    loop = Repeated(2, (2, 2, 6), remat=remat, momentum=0.999, gain=1.0, dtype="mixed_bfloat16")
+    loop.build((None, 4, 4, 6))
+    x, row = keras.ops.cast(RNG.standard_normal((4, 4, 4, 6)), "bfloat16"), loop.split()
+    for _ in range(5):
+        y = x
+        loop(x, training=True)
+        for block in row:
+            y = block(y, training=True)
+    moved = [keras.ops.convert_to_numpy(stack) for stack in loop.stacks]
+    loop.join(row)
+    for stack, value in zip(loop.stacks, moved, strict=True):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(stack), value, rtol=3e-4, atol=2e-5)
+
+
+def test_a_folded_variance_is_never_below_zero():
+    """As the difference of two nearly equal channels may be when it is rounded."""
+    convolution, normalization = keras.layers.Conv2D(2, 1), BatchNormalization()
+    for layer in (convolution, normalization):
+        layer.build((None, 4, 4, 2))
+    convolution.kernel.assign(np.array([[1.0, 1.0], [-1.0, -1.0]]).reshape(1, 1, 2, 2) * 1e3)
+    for seed in range(20):
+        x = np.random.default_rng(seed).standard_normal((4, 4, 4, 1)) * 1e3
+        near = x * (1 + 1e-7 * np.random.default_rng(seed + 100).standard_normal(x.shape))
+        images = keras.ops.convert_to_tensor(np.concatenate([x, near], -1).astype("float32"))
+        matrix, _ = fold(convolution, normalization, images, training=True)
+        assert np.isfinite(keras.ops.convert_to_numpy(matrix)).all()
+
+
+def test_a_normalisation_over_several_devices_is_keras_own():
+    layer, x = BatchNormalization(synchronized=True), keras.ops.ones((2, 3, 3, 5))
+    layer.build(x.shape)
+    assert not layer._fuses(x, training=True)

@@ -213,3 +213,14 @@ def test_names_that_are_none(name):
         build_classifier("resnet20", shortcut="identity")
     with pytest.raises(UserError, match="width -1, stem None; expected a width above 0"):
         build_classifier("resnet8", (8, 8, 1), width=-1)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resnet20", (0.9, 1e-3)), ("resnet50", (0.99, 1.001e-5))])
+def test_normalisations_and_initial_kernels_are_the_papers(name, expected):
+    """Momentum and epsilon; those for ImageNet's weights are of `keras.applications`."""
+    model = build_classifier(name, (32, 32, 3), width=1 / 16)
+    parts = [layer for layer in model._flatten_layers() if hasattr(layer, "epsilon")]
+    assert {(layer.momentum, layer.epsilon) for layer in parts} == {expected}
+    blocks = [layer.pattern() if isinstance(layer, Repeated) else layer for layer in model.layers]
+    kinds = {type(block.kernel_initializer) for block in blocks if isinstance(block, ResidualBlock)}
+    assert kinds == {keras.initializers.HeNormal}

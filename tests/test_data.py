@@ -690,3 +690,57 @@ def test_the_floor_of_large_images_is_that_of_their_pixels():
 def test_floats_are_rounded_to_grey_levels(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.full((20, 8, 8), 0.999))
     assert (load_data(Config(dataset=str(tmp_path / "a.npz"))).train == 255).all()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint16", "float32"])
+def test_grey_levels_of_any_kind_and_of_many_images(tmp_path, dtype):
+    images = RNG.integers(0, 256, (2345, 8, 8, 1))
+    given = (images / 255 if dtype == "float32" else images).astype(dtype)
+    np.savez(tmp_path / "a.npz", x_train=given, x_test=given[:9])
+    np.testing.assert_array_equal(load(tmp_path / "a.npz", validation="test").train, images)
+
+
+def test_each_channel_is_resized_by_itself(tmp_path):
+    red = np.zeros((20, 8, 16, 3), "uint8")
+    red[..., 0], red[..., 2] = 200, 50
+    np.savez(tmp_path / "a.npz", x_train=red)
+    assert (load(tmp_path / "a.npz", image_shape=(16, 8, 3)).train == (200, 0, 50)).all()
+
+
+def test_a_high_picture_is_cut_to_its_middle(tmp_path):
+    picture = np.zeros((32, 8), "uint8")
+    picture[12:20] = 255
+    for number in range(20):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    assert (load(tmp_path, image_shape=(8, 8, 1)).train == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "told"),
+    [
+        ((30, 32), (30, 32), "set IMAGE_SHAPE, for example 32x32x1"),
+        ((32, 30), (32, 30), "set IMAGE_SHAPE, for example 32x32x1"),
+        ((8, 8), None, "no test images"),
+    ],
+)
+def test_each_side_and_each_part_is_checked(tmp_path, train, test, told):
+    images = pictures(20, *train)
+    np.savez(tmp_path / "a.npz", x_train=images, x_test=pictures(5, *test) if test else images[:0])
+    with pytest.raises(DataError, match=told):
+        load(tmp_path / "a.npz")
+
+
+def test_a_changed_colour_is_rounded_and_not_cut_off():
+    even = np.full((4096, 8, 8, 1), 101, "uint8")
+    again = np.random.default_rng(1)
+    brightness, _ = again.uniform(0.8, 1.2, (2, 4096, 1, 1, 1))
+    balance = again.uniform(0.8, 1.2, (4096, 1, 1, 1))
+    colored = augment(even, ("color",), np.random.default_rng(1))
+    assert colored.mean() == pytest.approx((101 * brightness * balance).mean(), abs=0.05)
+
+
+def test_a_picture_of_which_pillow_only_warns_is_refused(tmp_path):
+    """A hundred megapixels, in a file of some kilobytes."""
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    with pytest.raises(DataError, match=r"large\.png cannot be read as an image"):
+        load(tmp_path)

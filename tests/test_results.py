@@ -444,6 +444,9 @@ def test_rows_of_several_commits_or_seeds_are_told(tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), "commit": commit, "dirty": dirty}))
     table = write_table(read_sweep(tmp_path), tmp_path)
     assert "The rows are not all of one commit of the code: seed-0: aaaaaaa; seed-1: bbbbbbb changed." in table
+    for seed in range(3, 7):
+        shutil.copytree(tmp_path / "seed-0", tmp_path / f"seed-{seed}")
+    assert "code: the others: aaaaaaa; seed-1: bbbbbbb changed." in write_table(read_sweep(tmp_path), tmp_path)
     assert "losses of different seeds are of different images" in table
     write_run(tmp_path / "test" / "seed-0", 28, 1850.0, validation="test")
     write_run(tmp_path / "test" / "seed-1", 28, 1850.0, validation="test", seed=1)

@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import TINY
@@ -303,3 +306,44 @@ def test_a_reader_that_has_read_enough_is_no_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.print", closed)
     with pytest.raises(BrokenPipeError):
         train(Config(**TINY, outdir=str(tmp_path / "run"), cmdline=True))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append("replaced") or replace(old, new))
+    checkpoints.save(tmp_path, {}, [np.arange(3)])
+    assert done == ["partial-checkpoint", "replaced", tmp_path.name]
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_stays(tmp_path, monkeypatch):
+    for number in (1, 2):
+        checkpoints.save(tmp_path, {"number": number}, [])
+    read = checkpoints._read
+
+    def failing(path):
+        if path.name == "checkpoint":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoints, "_read", failing)
+    assert checkpoints.load(tmp_path)[0] == {"number": 1}
+    monkeypatch.undo()
+    assert checkpoints.load(tmp_path)[0] == {"number": 2}
+
+
+def test_one_bit_of_one_weight_is_a_difference(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    with zipfile.ZipFile(run / "model.keras") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    content = io.BytesIO(contents["model.weights.h5"])
+    with h5py.File(content, "r+") as file:
+        place = file["encoder/layers/dense/vars/0"]
+        value = place[()]
+        value.flat[0] = np.nextafter(value.flat[0], np.float32(9))
+        place[...] = value
+    contents["model.weights.h5"] = content.getvalue()
+    with zipfile.ZipFile(run / "model.keras", "w") as archive:
+        for name, each in contents.items():
+            archive.writestr(name, each)
+    assert differences(finished_run, run) == ["encoder/layers/dense/vars/0"]

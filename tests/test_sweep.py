@@ -416,3 +416,8 @@ def test_scripts_are_found_through_links_and_whatever_cdpath_is(script, tmp_path
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert script in done.stdout
+
+
+def test_a_blank_variable_is_not_set():
+    blank = dict.fromkeys(("OUTDIR", "SWEEP", "DEPTHS", "RESNET_DEPTH", "RUNNER", "EVALUATE"), " ")
+    assert runs_of("x", {**blank, "DATASET": "digits"}) == runs_of("x", {"DATASET": "digits"})

@@ -1123,6 +1123,7 @@ def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_ru
     result = evaluate_run(copied_run, str(tmp_path / "all.npz"))
     assert result["images"] == 5
     assert result["floor"] == pytest.approx(entropy_floor(images))
+    assert result["fingerprint"] not in ("", read_run(copied_run).provenance["data"]["fingerprint"])
 
 
 def test_a_run_is_not_evaluated_on_images_that_it_was_trained_on(copied_run, tmp_path):
@@ -1246,3 +1247,14 @@ def test_an_altered_test_loss_is_told(finished_run, tmp_path):
     (copy / "metrics.json").write_text(json.dumps(metrics))
     write_table(read_sweep(copy.parent), copy.parent)
     assert "metrics.json is not the file that was written" in "\n".join(verify(copy.parent))
+
+
+def test_samples_are_of_the_prior(finished_run, monkeypatch):
+    run, vae = load_run(finished_run)
+    given, predict = [], plots._predict
+    monkeypatch.setattr(plots, "_predict", lambda model, inputs: given.append(inputs) or predict(model, inputs))
+    plots.samples(run, vae)
+    (latents,) = given
+    assert latents.shape == (64, run.config.latent_dim)
+    assert abs(latents.mean()) < 5 / np.sqrt(latents.size)
+    assert abs(latents.std() - 1) < 5 / np.sqrt(2 * latents.size)

@@ -195,3 +195,9 @@ def test_what_was_frozen_is_thawed():
     assert counts[0] == 2
     assert counts[1] > 20
     assert len(source.encoder.trainable_weights) == everything
+
+
+def test_an_adapted_network_gives_probabilities():
+    model = adapt(build_classifier("resnet8", (8, 8, 1), 3, width=0.125), 4)
+    probabilities = model.predict(RNG.integers(0, 256, (5, 8, 8, 1), "uint8"), verbose=0)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)

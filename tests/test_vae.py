@@ -20,7 +20,7 @@ from resnet_vae import Config, build_vae, networks
 from resnet_vae.blocks import Repeated, ResidualBlock
 from resnet_vae.config import blocks_per_stage
 from resnet_vae.data import entropy_floor
-from resnet_vae.devices import devices, precision, processor_has_amx, settle
+from resnet_vae.devices import _cpuinfo, devices, precision, processor, processor_has_amx, settle
 from resnet_vae.normalization import BatchNormalization
 from resnet_vae.optimizer import AdamW
 from resnet_vae.records import FIGURES
@@ -1092,3 +1092,41 @@ def test_image_layer_is_kerass_own_on_disk_and_in_value(monkeypatch, tmp_path):
     images = [to_numpy(model.decoder(latents)) for model in (former, vae)]
     np.testing.assert_allclose(*images, atol=1e-5)
     assert images[0].std() > 0.01  # neither is a picture of one grey
+
+
+def test_truth_values_are_black_and_white(tiny_vae, images):
+    """As the refusal of whole numbers of 0 and 1 advises; one nearly black image is one."""
+    white = images > 127
+    first, second = (tiny_vae.evaluate(x, verbose=0, return_dict=True) for x in (white, white.astype("uint8") * 255))
+    assert first == pytest.approx(second, rel=1e-6)
+    dark = np.zeros((1, 16, 16, 1), "uint8")
+    dark[0, 3, 3] = 1
+    assert tiny_vae.predict(dark, verbose=0).shape == dark.shape
+
+
+@pytest.mark.parametrize("last", ["tanh", "step"])
+def test_a_decoder_whose_images_are_at_the_limits_or_beyond(last):
+    image, latents = keras.Input((8, 8, 1)), keras.Input((2,))
+    heads = [keras.layers.Dense(2)(keras.layers.Flatten()(image)) for _ in range(2)]
+    x = keras.layers.Reshape((8, 8, 1))(keras.layers.Dense(64)(latents))
+    if last == "tanh":
+        parts = keras.Model(image, heads), keras.Model(latents, keras.layers.Activation("tanh")(x))
+        with pytest.raises(ValueError, match=r"decoder's images run from -0\.\d+ to 0\.\d+; expected \[0, 1\]"):
+            VAE(*parts)
+        return
+    step = keras.layers.Lambda(lambda x: keras.ops.cast(x > 0, "float32"))  # 0 and 1 exactly
+    vae = VAE(keras.Model(image, heads), keras.Model(latents, step(x)))
+    vae.compile("sgd")
+    figures = vae.evaluate(RNG.integers(0, 256, (4, 8, 8, 1), "uint8"), verbose=0, return_dict=True)
+    assert np.isfinite(figures["reconstruction"])
+
+
+def test_the_processor_is_read_from_the_system(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: amx_bf16\n\nmodel name\t: C\n")
+    monkeypatch.setattr("resnet_vae.devices.Path", lambda _: tmp_path / "cpuinfo")
+    _cpuinfo.cache_clear()
+    try:
+        assert processor() == "A: B"
+        assert processor_has_amx()
+    finally:
+        _cpuinfo.cache_clear()
