@@ -433,12 +433,12 @@ ARRAYS = {  # usual names in an .npz file
 
 def _npz(path):
     """Arrays of images by the usual names, and no others; float arrays hold values in [0, 1]."""
-    usual_names = [name for usual in ARRAYS.values() for name in usual]
+    names_of_any = [name for usual in ARRAYS.values() for name in usual]
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-            others = [name for name in map(_stem, archive.namelist()) if name not in usual_names]
-            others = [name for name in others if _axes(archive, name) > 2]
+            others = [Path(member).stem for member in archive.namelist() if _axes(archive, member) > 2]
+            others = [name for name in others if name not in names_of_any]
         _check_memory("its arrays", size, "save fewer or smaller ones")
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
@@ -463,13 +463,11 @@ def _npz(path):
     )
 
 
-def _stem(member):
-    return member.removesuffix(".npy")
-
-
-def _axes(archive, name):
-    """The number of an array's axes, by its header alone."""
-    with archive.open(f"{name}.npy") as file:
+def _axes(archive, member):
+    """The number of an array's axes, by its header alone; 0 of another file."""
+    if not member.endswith(".npy"):
+        return 0
+    with archive.open(member) as file:
         old = np.lib.format.read_magic(file) == (1, 0)
         shape, *_ = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(file)
     return len(shape)

@@ -522,8 +522,9 @@ def _train(config, data, folder):
         be_deterministic()
     print(config.describe())
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    for path in (*folder.glob("partial-*-*"), *folder.glob("evaluation-*.json")):  # of a process that was killed, of
-        path.unlink()  # another run
+    for left in ("partial-*-*", "evaluation-*.json"):  # by a process that was killed, and of the run that was there
+        for path in folder.glob(left):
+            path.unlink()
     training = Training(config, data, folder)
     write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
     if training.sessions > 1:

@@ -330,7 +330,7 @@ class VAE(_Model):
         first, losses = self._own_losses, self.losses
         if first is None or len(losses) < first + 2:
             raise ValueError(
-                "the objective's terms are not known; call the VAE first, or from a subclass's `call` its own"
+                "the objective's terms are not known; call the VAE first, and in a subclass's `call` super().call"
             )
         kl, reconstruction = losses[first : first + 2]
         penalties = [*losses[:first], *losses[first + 2 :]]

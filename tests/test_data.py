@@ -423,6 +423,8 @@ def test_photographs_whose_metadata_cannot_be_read(tmp_path):
 def test_npz_of_arrays(tmp_path, names):
     arrays = {names[0]: pictures(30, 8, 8, 2), names[1]: pictures(5, 8, 8, 2), "ytr": np.arange(30)}
     np.savez(tmp_path / "a.npz", **arrays, mean_of_pixels=np.zeros((8, 2)))  # which is no array of images
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("license.txt", "free")
     data = load(tmp_path / "a.npz", validation="test")
     np.testing.assert_array_equal(data.train, arrays[names[0]])
     np.testing.assert_array_equal(data.test, arrays[names[1]])
