@@ -437,9 +437,9 @@ def _npz(path):
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
+            _check_memory("its arrays", size, "save fewer or smaller ones")
             others = [Path(member).stem for member in archive.namelist() if _axes(archive, member) > 2]
             others = [name for name in others if name not in names_of_any]
-        _check_memory("its arrays", size, "save fewer or smaller ones")
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
             known = {role: [name for name in usual if name in names] for role, usual in ARRAYS.items()}

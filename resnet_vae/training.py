@@ -74,7 +74,7 @@ class Batches(keras.utils.PyDataset):
         batch_size: images a batch, fewer where there are fewer.
         seed: batches are whole and in an order that is a function of the seed and the epoch; without a seed all
             images come, in order.
-        epoch: number of the epoch, from 0; a `fit` of several goes on to the next ones, unless it is given `feed`.
+        epoch: number of the epoch, from 0; a `fit` of several epochs repeats it.
         skip: number of batches to leave out at the beginning.
         augmentations: words of `resnet_vae.data.augment`, whose chances are a function of seed, epoch and batch.
 
@@ -93,16 +93,7 @@ class Batches(keras.utils.PyDataset):
             raise ValueError(f"augmentations {', '.join(augmentations)} need a seed, as seed=0")
         self.images, self.batch_size, self.skip = images, min(batch_size, len(images)), skip
         self.seed, self.epoch, self.augmentations = seed, epoch, augmentations
-        self._shuffle()
-
-    def _shuffle(self):
-        """Put the images into the order of the epoch."""
-        order = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
-        self.order = order and order.permutation(len(self.images))
-
-    def on_epoch_end(self):
-        self.epoch += 1
-        self._shuffle()
+        self.order = None if seed is None else np.random.default_rng((seed, epoch)).permutation(len(images))
 
     def __len__(self):
         count = len(self.images) / self.batch_size
