@@ -265,7 +265,7 @@ class VAE(_Model):
                     )
         self.encoder, self.decoder = encoder, decoder
         self.beta, self.kl_warmup_steps = beta, kl_warmup_steps
-        self._own_losses = None  # how many of a subclass's come before the objective's terms in `losses`
+        self._terms = ()  # the identities of KL and reconstruction in `losses`, where a part's own may come first
         self.trained_steps = self.add_weight((), "zeros", "float32", trainable=False, name="trained_steps")
         self.sampler = Sampling(objective, seed, name="sampler")
         self.reconstruction_metric = keras.metrics.Mean(name="reconstruction", dtype="float32")
@@ -318,23 +318,22 @@ class VAE(_Model):
 
     def call(self, images, training=False):
         *terms, logits = self.terms(images, training)
-        self._own_losses = len(self._losses)
-        for term in terms:
-            self.add_loss(ops.mean(term))  # compute_loss reads them
+        terms = [ops.mean(term) for term in terms]
+        self._terms = tuple(map(id, terms))
+        self.add_loss(terms)  # compute_loss reads them
         return ops.sigmoid(logits)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         _check_weights({"sample_weight": sample_weight})
         if self._compile_loss is not None:
             raise ValueError("the VAE's objective is its own; compile it without loss (metrics may be given)")
-        first, losses = self._own_losses, self.losses
-        if first is None or len(losses) < first + 2:
+        losses = {id(loss): loss for loss in self.losses}
+        if not losses.keys() >= set(self._terms or (None,)):
             raise ValueError(
                 "the objective's terms are not known; call the VAE first, and in a subclass's `call` super().call"
             )
-        kl, reconstruction = losses[first : first + 2]
-        penalties = [*losses[:first], *losses[first + 2 :]]
-        penalty = sum((ops.cast(each, "float32") for each in penalties), start=ops.zeros((), "float32"))
+        kl, reconstruction = map(losses.pop, self._terms)
+        penalty = sum((ops.cast(each, "float32") for each in losses.values()), start=ops.zeros((), "float32"))
         count = ops.shape(x)[0]
         self.reconstruction_metric.update_state(reconstruction, sample_weight=count)
         self.kl_metric.update_state(kl, sample_weight=count)

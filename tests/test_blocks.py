@@ -940,6 +940,7 @@ def test_a_folded_variance_is_never_below_zero():
         assert np.isfinite(keras.ops.convert_to_numpy(matrix)).all()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras has it on TensorFlow alone")
 def test_a_normalisation_over_several_devices_is_keras_own():
     layer, x = BatchNormalization(synchronized=True), keras.ops.ones((2, 3, 3, 5))
     layer.build(x.shape)
