@@ -126,31 +126,52 @@ def curves(run):
 def losses_by_epoch(runs):
     """Draw the losses of a sweep's runs against the epochs: training dashed, validation solid.
 
-    Losses fall by hundreds of nats at first and runs end a few apart: long runs' second halves have their own panel.
+    Each objective has a row of panels. Losses fall by hundreds of nats at first and runs end a few apart: long runs'
+    second halves have their own panel. What describes all runs is told once, above.
     """
-    longest = max(len(run.history) for run in runs)
+    objectives, longest = _objectives(runs), max(len(run.history) for run in runs)
     figure = Figure(layout="constrained")
-    first, *late = figure.subplots(1, 2 if longest >= LONG else 1, squeeze=False)[0]
+    panels = figure.subplots(len(objectives), 2 if longest >= LONG else 1, squeeze=False)
     marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
-    for axes in (first, *late):
+    described, told = {describe(run) for run in runs}, [_swept(run, runs) for run in runs]
+    if len(described) == 1 and all(told):
+        figure.suptitle(*described)
+    else:
+        told = [[describe(run), *words] for run, words in zip(runs, told, strict=True)]
+    for objective, (first, *late) in zip(objectives, panels, strict=True):
         for number, run in enumerate(runs):
-            rows = run.history[len(run.history) // 2 :] if axes in late else run.history
-            epochs, color = [row["epoch"] for row in rows], _color(number, len(runs))
-            label = ", ".join([describe(run), *_swept(run, runs)])
-            axes.plot(epochs, [row["val_loss"] for row in rows], ".-", color=color, label=label)
-            axes.plot(epochs, [row["loss"] for row in rows], f"{marker}--", color=color)
-        axes.set(xlabel="epoch", ylabel="loss, nats per image")
-        whole_epochs(axes)
-    training, validation = ([row[name] for run in runs for row in run.history] for name in ("loss", "val_loss"))
-    keep_in_sight(first, training, validation, "validation")
-    for axes in late:
-        axes.set(title="each run's second half", ylabel="")
-        losses = np.concatenate([line.get_ydata() for line in axes.get_lines()])
-        if max(losses) > (top := _farthest(losses)):
-            axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)
-            axes.set_title(f"each run's second half (losses up to {max(losses):,.0f} left out)")
+            if run.config.objective == objective:
+                look = {"label": ", ".join(told[number]), "color": _color(number, len(runs))}
+                _by_epoch(first, run.history, marker, **look)
+                for axes in late:
+                    _by_epoch(axes, run.history[len(run.history) // 2 :], marker, **look)
+        chosen = [row for run in runs if run.config.objective == objective for row in run.history]
+        training, validation = ([row[name] for row in chosen] for name in ("loss", "val_loss"))
+        keep_in_sight(first, training, validation, "validation")
+        if len(objectives) > 1:
+            first.set_title(f"objective {objective}")
+        for axes in late:
+            axes.set(title="each run's second half", ylabel="")
+            losses = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+            if max(losses) > (top := _farthest(losses)):
+                axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)
+                axes.set_title(f"each run's second half (losses up to {max(losses):,.0f} left out)")
     _finish(figure, ".", marker)
     return figure
+
+
+def _objectives(runs):
+    """The objectives of a sweep, whose losses must not be compared: each has panels of its own."""
+    return sorted({run.config.objective for run in runs})
+
+
+def _by_epoch(axes, rows, marker, label, color):
+    """Draw a run's losses, rows of its history, against the epochs."""
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [row["val_loss"] for row in rows], ".-", color=color, label=label)
+    axes.plot(epochs, [row["loss"] for row in rows], f"{marker}--", color=color)
+    axes.set(xlabel="epoch", ylabel="loss, nats per image")
+    whole_epochs(axes)
 
 
 def _farthest(losses):
@@ -191,17 +212,15 @@ def losses_by_depth(runs):
     them, stand one below the other.
     """
     figure = Figure(layout="constrained")
-    panels = {}
-    for run in runs:
-        panels.setdefault(run.config.objective, []).append(run)
+    objectives = _objectives(runs)
     posts = POST if any(map(like_the_post, runs)) else ()
     if len({run.config.resnet_depth for run in runs}) == 1 and not posts:
         return _one_depth(figure, runs)
-    for axes, (objective, chosen) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], sorted(panels.items()), strict=True
-    ):
+    panels = figure.subplots(1, len(objectives), squeeze=False)[0]
+    for objective, axes in zip(objectives, panels, strict=True):
+        chosen = [run for run in runs if run.config.objective == objective]
         _by_depth(axes, chosen, runs, posts if objective == "published" else ())
-        if len(panels) > 1:
+        if len(objectives) > 1:
             axes.set_title(f"objective {objective}")
     _finish(figure, "o", "s")
     return figure
@@ -272,7 +291,8 @@ def _finish(figure, validation, training):
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
     columns = 2 if max(map(len, shown)) < 50 else 1
-    figure.set_size_inches(4 + 3 * len(figure.axes), 4 + 0.18 * -(-len(shown) // columns))
+    down, across = figure.axes[0].get_gridspec().get_geometry()
+    figure.set_size_inches(4 + 3 * across, 0.8 + 3.2 * down + 0.18 * -(-len(shown) // columns))
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 

@@ -114,6 +114,9 @@ def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     assert not any("the post's own" in label for label in labels)  # they are of another objective
     labels = [line.get_label() for line in figures["losses_by_epoch"].axes[0].get_lines()]
     assert "depth 100, elbo, augment none, shortcut none" in labels
+    figure = losses_by_epoch([run for run in read_sweep(tmp_path) if run.config.resnet_depth == 100])
+    assert figure.get_suptitle() == "depth 100, elbo"
+    assert "augment none, shortcut none" in [line.get_label() for line in figure.axes[0].get_lines()]
 
 
 def test_long_trainings_have_their_second_half_beside(tmp_path):
@@ -390,6 +393,13 @@ def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_
     ]
     assert [line.get_linestyle() for line in ours] == ["None", "None"]
     assert POSTS in [line.get_label() for line in panels[1].get_lines()]
+    panels = of_sweep(read_sweep(tmp_path))["losses_by_epoch"].axes
+    assert [axes.get_title() for axes in panels] == ["objective elbo", "objective published"]
+    labels = [[label for label in axes.get_legend_handles_labels()[1] if "depth" in label] for axes in panels]
+    assert [{label.partition(", ")[2] for label in line} for line in labels] == [
+        {"elbo"},
+        {"the post's objective: no bound"},
+    ]
 
 
 def test_runs_that_differ_in_many_settings_are_told_by_their_names(tmp_path):
@@ -398,7 +408,8 @@ def test_runs_that_differ_in_many_settings_are_told_by_their_names(tmp_path):
         write_run(tmp_path / f"named-{number}", 28, 1850.0, **changed)
     by_epoch, by_depth = of_sweep(read_sweep(tmp_path)).values()
     assert [label.get_text() for label in by_depth.axes[0].get_yticklabels()] == ["named-1", "named-2"]
-    assert by_epoch.axes[0].get_lines()[0].get_label() == "depth 28, elbo, named-1"
+    assert by_epoch.get_suptitle() == "depth 28, elbo"
+    assert by_epoch.axes[0].get_lines()[0].get_label() == "named-1"
 
 
 @once("shapes alone")

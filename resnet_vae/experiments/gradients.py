@@ -118,7 +118,7 @@ def draw(rows):
     for network, axes in zip(networks, panels, strict=False):
         own = [row for row in rows if row["network"] == network]
         depths = sorted({row["depth"] for row in own})
-        for kind, color in COMPARED.items():
+        for kind, color in reversed(COMPARED.items()):  # broken lines last, between whose dashes others are seen
             for number, depth in enumerate(depths):
                 chosen = [row for row in own if row["kind"] == kind and row["depth"] == depth]
                 norms, lowest, highest = ([row[name] for row in chosen] for name in ("norm", "lowest", "highest"))

@@ -263,15 +263,17 @@ def draw_contours(rows, paths):
     """A column a network: the random plane above, below it the plane of the training's path, with the path."""
     networks = list(zip(_each(rows), _each(paths), strict=True))
     figure = Figure(figsize=(3.6 * len(networks), 6.8), layout="constrained")
-    figure.suptitle("loss in nats, on a logarithmic scale, each panel with its own colours")
+    told = "loss in nats, on a logarithmic scale, each panel with its own colours"
+    figure.suptitle(f"{told}; + the trained network, ○ the start of its training")
     grid = figure.subplots(2, len(networks), squeeze=False)
     for (above, below), ((title, own), (_, path)) in zip(grid.T, networks, strict=True):
         for axes, plane in ((above, "random"), (below, "path")):
             filled = axes.contourf(*_grid(own, plane), levels=20)
             figure.colorbar(filled, ax=axes, format=NATS)
-        above.plot(0, 0, "r+", ms=10)
+            axes.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)
+        below.plot(path[0]["x"], path[0]["y"], "ro", ms=8, fillstyle="none")
         below.set(title=f"path of training ({path[0]['share']:.0%} in plane)", xlabel="first principal component")
     grid[0, 0].set_ylabel("second random direction")
     grid[1, 0].set_ylabel("second principal component")
