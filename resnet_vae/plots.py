@@ -14,6 +14,7 @@ from resnet_vae.results import POST, SHOWN, format_setting, like_the_post, swept
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
 FEW = 4  # settings that a line's label names
+WIDE = 10  # times the shallowest, the depth from where the axis of depths is logarithmic
 FAR = 3  # interquartile ranges above the upper quartile, from where a loss is told and not drawn
 
 
@@ -247,7 +248,10 @@ def _by_depth(axes, chosen, runs, posts):
         told = f"the post's own figures (each the lowest of its epochs: {epochs})"
         axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label=told)
         axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray")
-    axes.set_xticks(sorted(ticks))
+    if max(ticks) >= WIDE * min(ticks):
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(ticks), sorted(ticks))
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="depth (weight layers)", ylabel="loss, nats per image")
 
 

@@ -402,6 +402,16 @@ def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_
     ]
 
 
+@pytest.mark.parametrize(("depths", "scale"), [((28, 40, 100), "linear"), ((28, 100, 1000), "log")])
+def test_depths_that_are_far_apart_are_on_a_logarithmic_axis(tmp_path, depths, scale):
+    for depth in depths:
+        write_run(tmp_path / f"depth-{depth}", depth, 1850.0)
+    (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    assert axes.get_xscale() == scale
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(depth) for depth in depths]
+    assert not axes.get_xticks(minor=True).size
+
+
 def test_runs_that_differ_in_many_settings_are_told_by_their_names(tmp_path):
     for number in (1, 2):
         changed = {"seed": number, "dropout": number / 10, "stem": number, "latent_dim": number, "decay": number / 10}
