@@ -61,7 +61,7 @@ def _gpus():
     if backend == "tensorflow":
         import tensorflow as tf
 
-        details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+        details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
         return [(each.get("device_name", "unknown"), each.get("compute_capability", (0, 0))) for each in details]
     if backend == "jax":
         import jax

@@ -99,7 +99,7 @@ class BatchNormalization(layers.BatchNormalization):
         if training and self.trainable:
             shift = shift if bias is None else shift + 0.0 * bias
             outputs, mean, variance = normalize(inputs, self.gamma, shift, epsilon=self.epsilon)
-            count = tf.cast(tf.size(inputs) // inputs.shape[-1], "float32")
+            count = tf.cast(tf.size(inputs, tf.int64) // inputs.shape[-1], "float32")
             mean = mean if bias is None else mean + bias
             self._remember(mean, variance * (count - 1) / count)  # the operation returns the unbiased variance
             return outputs

@@ -28,9 +28,11 @@ class AdamW(keras.optimizers.Adam):
         self.decay, self._of_the_step = decay, None  # within `apply` a dict: what is the same for all variables
 
     def apply(self, grads, trainable_variables=None):
-        self._of_the_step = {}
-        super().apply(grads, trainable_variables)
-        self._of_the_step = None
+        object.__setattr__(self, "_of_the_step", {})  # not tracked by TensorFlow, which would keep a trace's tensors
+        try:
+            super().apply(grads, trainable_variables)
+        finally:
+            object.__setattr__(self, "_of_the_step", None)
 
     def decayed(self, rate):
         """What the time decay leaves of a rate by now."""

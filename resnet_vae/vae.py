@@ -75,18 +75,18 @@ class Sampling(layers.Layer):
             change how training goes on.
 
     Raises:
-        ValueError: an unknown objective, a seed that is no whole number.
+        ValueError: an unknown objective, a seed that is no whole number from 0 on.
     """
 
     def __init__(self, objective="elbo", seed=0, **kwargs):
         super().__init__(**{"dtype": "float32", **kwargs})
         if objective not in OBJECTIVES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-        if not isinstance(seed, Integral):
-            raise ValueError(f"seed is {seed!r}; expected a whole number")
-        self.objective, self.seed = objective, seed
-        self.training_noise = keras.random.SeedGenerator(seed, name="training_noise")
-        self.evaluation_noise = keras.random.SeedGenerator(seed + 1, name="evaluation_noise")
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**31 - 1:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to {2**31 - 2}")
+        self.objective, self.seed = objective, int(seed)  # as Keras asks for
+        self.training_noise = keras.random.SeedGenerator(self.seed, name="training_noise")
+        self.evaluation_noise = keras.random.SeedGenerator(self.seed + 1, name="evaluation_noise")
 
     def call(self, mean, log_var, training=False):
         generator = self.training_noise if training else self.evaluation_noise
@@ -193,6 +193,11 @@ def _check_shape(images, expected):
         raise ValueError(f"images of shape {tuple(images.shape)}; expected (batch, {told}){hint}")
 
 
+def _is_array(images):
+    """Whether it is an array or a tensor, of whatever library: Keras takes what can be made a NumPy array."""
+    return hasattr(images, "__array__") or ops.is_tensor(images)
+
+
 def _check_levels(images):
     """Refuse arrays whose values cannot be images: the loss would be meaningless."""
     kind = keras.backend.standardize_dtype(images.dtype)
@@ -288,8 +293,8 @@ class VAE(_Model):
 
     def __setattr__(self, name, value):
         numbers = name in ("beta", "kl_warmup_steps")  # in the traces of the steps
-        if numbers and not isinstance(value, Real):
-            raise ValueError(f"{name} is {value!r}; expected a number, which may be changed at any time")
+        if numbers and not (isinstance(value, Real) and value >= 0):
+            raise ValueError(f"{name} is {value!r}; expected a number of 0 or more, which may be changed at any time")
         super().__setattr__(name, value)
         if numbers:
             if getattr(self, "train_function", None):
@@ -358,7 +363,7 @@ class VAE(_Model):
         """Refuse an array or a tensor that are no images for this network, before Keras begins."""
         if images is None or isinstance(images, (list, tuple, dict)):
             raise ValueError(f"images are given as a {type(images).__name__}; expected one array or tensor of them")
-        if isinstance(images, np.ndarray) or ops.is_tensor(images):
+        if _is_array(images):
             self._check_input(images)
             images = ops.convert_to_numpy(images)
             if not len(images):
@@ -421,7 +426,7 @@ class VAE(_Model):
             ValueError: as by `predict`.
         """
         self._check(x)
-        if isinstance(x, np.ndarray) or ops.is_tensor(x):
+        if _is_array(x):
             size = kwargs.get("batch_size") or 32
             x = x[: max(len(x) // size * size, min(len(x), size))]
         averages = [

@@ -30,6 +30,7 @@ from resnet_vae import Config, build_vae, checkpoints, load_data, load_run, plot
 from resnet_vae.blocks import ResidualBlock
 from resnet_vae.config import UserError
 from resnet_vae.data import DataError, entropy_floor
+from resnet_vae.devices import computes_on_gpu
 from resnet_vae.optimizer import LONG, AdamW, compile_vae
 from resnet_vae.plots import draw_run
 from resnet_vae.records import FIGURES, PICTURES, RecordError, is_finished, read_run, read_sweep, sha256_of, write_json
@@ -211,6 +212,26 @@ for kind in (AdamW, keras.optimizers.AdamW):
     model.fit(np.ones((8, 4)), np.ones((8, 2)), batch_size=4, verbose=0)
     print(*model.get_weights()[0].ravel())
 """
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow tracks what is given to an optimizer")
+def test_a_traced_step_leaves_no_tensor_in_the_optimizer():
+    import tensorflow as tf
+
+    optimizer, variable = AdamW(), keras.Variable([1.0, 2.0])
+    optimizer.build([variable])
+    tf.function(lambda: optimizer.apply([tf.ones(2)]))()
+    assert optimizer._of_the_step is None
+    assert "_of_the_step" not in optimizer._trackable_children()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow can be told of a GPU not to use it")
+def test_a_gpu_that_tensorflow_may_not_use_is_none(monkeypatch):
+    import tensorflow as tf
+
+    hidden = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [hidden])
+    assert not computes_on_gpu()
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's strategies")

@@ -684,16 +684,27 @@ def test_a_subclass_may_add_losses_before_the_objectives(tiny_vae, images):
         vae.compute_loss(images[:8])
 
 
+def test_another_librarys_array_is_looked_at_as_well(tiny_vae, images):
+    """Keras takes it, and on values that are no images the loss would be meaningless."""
+    array = pytest.importorskip("jax.numpy").asarray(images[:8].astype("float32"))
+    for method in (tiny_vae.fit, tiny_vae.train_on_batch, tiny_vae.evaluate, tiny_vae.predict, tiny_vae.calibrate):
+        with pytest.raises(ValueError, match=r"float32 images run from .*; expected floats in \[0, 1\]"):
+            method(array)
+
+
 def test_what_cannot_be_changed_or_is_no_number_is_told(tiny_vae, images):
     vae = VAE(tiny_vae.encoder, tiny_vae.decoder)
     for name in ("beta", "kl_warmup_steps"):
-        with pytest.raises(ValueError, match=f"{name} is .*; expected a number"):
-            setattr(vae, name, keras.Variable(0.5))
+        for value in (keras.Variable(0.5), -1, float("nan")):
+            with pytest.raises(ValueError, match=f"{name} is .*; expected a number of 0 or more"):
+                setattr(vae, name, value)
     for name, value in (("objective", "published"), ("seed", 3)):  # they are the sampler's
         with pytest.raises(AttributeError):
             setattr(vae, name, value)
-    with pytest.raises(ValueError, match="seed is None; expected a whole number"):
-        VAE(tiny_vae.encoder, tiny_vae.decoder, seed=None)
+    for seed in (None, -1, 2**31 - 1):
+        with pytest.raises(ValueError, match=f"seed is {seed}; expected a whole number from 0 to 2147483646"):
+            VAE(tiny_vae.encoder, tiny_vae.decoder, seed=seed)
+    assert type(VAE(tiny_vae.encoder, tiny_vae.decoder, seed=np.int64(3)).seed) is int  # as Keras asks for
     vae.compile("sgd")
     with pytest.raises(ValueError, match="class_weight is not supported"):
         vae.train_on_batch(images[:8], class_weight={0: 1.0})
