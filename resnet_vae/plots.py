@@ -215,7 +215,7 @@ def losses_by_depth(runs):
     figure = Figure(layout="constrained")
     objectives = _objectives(runs)
     posts = POST if any(map(like_the_post, runs)) else ()
-    if len({run.config.resnet_depth for run in runs}) == 1 and not posts:
+    if len(objectives) == len({run.config.resnet_depth for run in runs}) == 1 and not posts:
         return _one_depth(figure, runs)
     panels = figure.subplots(1, len(objectives), squeeze=False)[0]
     for objective, axes in zip(objectives, panels, strict=True):

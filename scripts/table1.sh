@@ -15,6 +15,7 @@ scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 check_arguments 1 "$@"
 folder=$(expanded "${1:-runs/table1}")
 export RUNNER=${RUNNER:-command} DATASET=${DATASET:-cifar10} VALIDATION=${VALIDATION:-test} SWEEP="OBJECTIVE DEPTHS"
+DEPTHS=${DEPTHS:-${EPOCHS:+28 40 70 100}} # with their own epochs below, EPOCHS would not count
 sees_gpu() { # whether a backend does
   case $1 in
     jax) "${PYTHON:-python}" -c 'import jax; jax.devices("gpu")' ;;

@@ -402,6 +402,13 @@ def test_each_objective_has_a_panel_and_runs_of_other_epochs_are_not_joined(tmp_
     ]
 
 
+def test_one_depths_objectives_have_panels_of_their_own_as_well(tmp_path):
+    for objective in ("elbo", "published"):
+        write_run(tmp_path / objective, 28, 1850.0, "digits", objective=objective)
+    panels = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    assert [axes.get_title() for axes in panels] == ["objective elbo", "objective published"]
+
+
 @pytest.mark.parametrize(("depths", "scale"), [((28, 40, 100), "linear"), ((28, 100, 1000), "log")])
 def test_depths_that_are_far_apart_are_on_a_logarithmic_axis(tmp_path, depths, scale):
     for depth in depths:

@@ -320,12 +320,20 @@ def test_an_interrupted_sweep_stops_its_run_and_goes_no_further(tmp_path, number
     assert calls.read_text().count(word) == 1
 
 
-def test_table1_trains_both_objectives_where_there_is_no_gpu(stand_in, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "depths"),
+    [
+        ({}, "28:38 40:29 70:18 100:13"),
+        ({"EPOCHS": "3"}, "28 40 70 100"),  # each with these, and not with its own
+        ({"EPOCHS": "3", "DEPTHS": "28"}, "28"),
+    ],
+)
+def test_table1_trains_both_objectives_where_there_is_no_gpu(stand_in, tmp_path, given, depths):
     write_program(tmp_path / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     write_program(tmp_path / "python", '#!/bin/sh\necho "$SWEEP $OBJECTIVE $DEPTHS $WIDTH" > calls; exit 2')
     path = f"{tmp_path}:{os.environ['PATH']}"
-    code, _, calls = stand_in("", "table1", ("table",), PATH=path)
-    assert (code, calls) == (2, ["OBJECTIVE DEPTHS published elbo 28:38 40:29 70:18 100:13 0.25"])
+    code, _, calls = stand_in("", "table1", ("table",), PATH=path, **given)
+    assert (code, calls) == (2, [f"OBJECTIVE DEPTHS published elbo {depths} 0.25"])
 
 
 @pytest.mark.parametrize(("words", "place"), [((), "there"), (("here",), "here")])

@@ -101,7 +101,7 @@ def draw(rows):
     for axes, network in zip(figure.subplots(1, len(NETWORKS), sharey=True), NETWORKS, strict=True):
         for number, (way, color) in enumerate(WAYS.items()):
             own = [row for row in rows if (row["network"], row["way"]) == (network, way)]
-            counts = list(dict.fromkeys(row["labels"] for row in own))
+            counts = sorted({row["labels"] for row in own})
             means = [np.mean([row["accuracy"] for row in own if row["labels"] == count]) for count in counts]
             axes.semilogx(counts, means, "-", color=color, label="from scratch" if way == "scratch" else way)
             beside = 1.06 ** (number - 1)  # so that points do not hide each other
