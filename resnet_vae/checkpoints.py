@@ -182,6 +182,11 @@ def _read(path):
     return values, arrays
 
 
+def remove_newest(folder):
+    """Remove a folder's newest checkpoint, so that the one before is gone on from."""
+    Path(folder, NAMES[0]).unlink(missing_ok=True)
+
+
 def remove(folder):
     """Remove a folder's checkpoints."""
     for name in NAMES:

@@ -209,6 +209,8 @@ class Training(keras.callbacks.Callback):
         self.interval, self.signal, self.bar = config.checkpoint_seconds, None, None
         self.metrics = self.best_weights = self.loss = None
 
+        if before and before.figures is not None and before.saved == before._position():
+            checkpoints.remove_newest(folder)  # written in the validation that failed: of weights that are lost
         loaded = checkpoints.load(folder)
         if loaded:
             checkpoints.check_identity(folder, loaded[0]["identity"], self.identity)

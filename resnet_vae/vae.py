@@ -4,6 +4,7 @@
 pixels, channels and latents, averages over images.
 """
 
+import inspect
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
@@ -214,6 +215,11 @@ def _check_levels(images):
         )
 
 
+def _given(method, *args, **kwargs):
+    """The arguments of a call by their names, however they are given."""
+    return inspect.signature(method).bind_partial(*args, **kwargs).arguments
+
+
 def _check_weights(options):
     """Refuse weights, which Keras leaves out in silence where there are no targets."""
     for name in ("sample_weight", "class_weight"):
@@ -377,15 +383,16 @@ class VAE(_Model):
 
     def fit(self, x=None, *args, **kwargs):
         self._check(x)
-        _check_weights(kwargs)
-        validation = kwargs.get("validation_data")  # Keras would look at them after the first epoch
+        given = _given(super().fit, x, *args, **kwargs)
+        _check_weights(given)
+        validation = given.get("validation_data")  # Keras would look at them after the first epoch
         if validation is not None:
             self._check(validation[0] if isinstance(validation, (list, tuple)) else validation)
         return super().fit(x, *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):
         self._check(x)
-        _check_weights(kwargs)
+        _check_weights(_given(super().train_on_batch, x, *args, **kwargs))
         return super().train_on_batch(x, *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):
@@ -398,7 +405,7 @@ class VAE(_Model):
 
     def evaluate(self, x=None, *args, **kwargs):
         self._check(x)
-        _check_weights(kwargs)
+        _check_weights(_given(super().evaluate, x, *args, **kwargs))
         self.sampler.restart_evaluation()
         return super().evaluate(x, *args, **kwargs)
 

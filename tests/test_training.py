@@ -821,6 +821,25 @@ def test_going_back_keeps_the_figures_of_the_epoch_so_far(tmp_path, monkeypatch)
             np.testing.assert_array_equal(one, other)
 
 
+def test_a_checkpoint_of_weights_whose_validation_fails_is_not_gone_back_to(tmp_path):
+    """It was written while that validation went on; the one before is gone back to, or else it begins anew."""
+    config = Config(**TINY, rollbacks=3, cmdline=True)
+    data = load_data(config)
+    training = Training(config, data, tmp_path)
+    training.step = 3
+    training.save()
+    for rollbacks in (1, 2):
+        training.step, training.figures = training.steps, dict.fromkeys(FIGURES, 1.0)
+        training.save()
+        training = Training(config, data, tmp_path, training)
+        assert (training.step, training.figures, training.rollbacks) == (3, None, rollbacks)
+    checkpoints.remove(tmp_path)
+    training.step, training.figures = training.steps, dict.fromkeys(FIGURES, 1.0)
+    training.save()
+    training = Training(config, data, tmp_path, training)
+    assert (training.step, training.figures, training.rollbacks) == (0, None, 3)
+
+
 def test_a_signal_before_the_first_step_leaves_no_handler(tmp_path, monkeypatch):
     """Sent while the progress bar is made."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -197,6 +197,10 @@ def test_what_keras_takes_and_this_objective_has_not(images):
             vae.fit(images, verbose=0, **options)
     with pytest.raises(ValueError, match="sample_weight is not supported"):
         vae.evaluate(images, sample_weight=np.ones(len(images)), verbose=0)
+    with pytest.raises(ValueError, match="sample_weight is not supported"):  # given by its place
+        vae.evaluate(images, None, 8, 0, np.ones(len(images)))
+    with pytest.raises(ValueError, match="float32 images run from 0 to 255; expected"):
+        vae.fit(images, None, 8, 1, 0, None, 0.0, (images.astype("float32"),))
     with pytest.raises(ValueError, match="images are given as a NoneType; expected one array"):
         vae.evaluate(None)
     with pytest.raises(ValueError, match=r"images of shape \(16, 16, 1\).*; image\[None\] is a batch of one"):
