@@ -8,7 +8,7 @@ from pathlib import Path
 
 from speed import BASE, BenchmarkError, measure, positive, run, write
 
-from resnet_vae.records import code
+from resnet_vae.records import code, make_writable
 
 SMALL = BASE.replace(width=0.25, precision="float32")
 AXES = {  # what grows → its name in the figure, its values, and the configuration of a value
@@ -100,6 +100,7 @@ def main(arguments=None):
     for axis in chosen.axes:
         if chosen.most < (least := AXES[axis][1][0]):
             parser.error(f"--most {chosen.most:g} leaves nothing of {axis}; expected {least:g} or more")
+    make_writable(chosen.folder)
     rows, failed, of_code = [], [], code()
     for axis in chosen.axes:
         _, values, make_config = AXES[axis]

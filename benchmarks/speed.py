@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from resnet_vae.config import DOWNSAMPLING, Config
+from resnet_vae.config import DOWNSAMPLING, Config, UserError
 from resnet_vae.devices import devices, processor_prefers_bfloat16
-from resnet_vae.records import code, csv_text, environment, write_record, write_text
+from resnet_vae.records import code, csv_text, environment, make_writable, write_record, write_text
 
 BASE = Config(image_shape=(32, 32, 3), batch_size=25, shortcut="projection")  # the post's, which PyTorch's has, too
 DEPTHS = (28, 40, 70, 100)  # of the post
@@ -39,6 +39,7 @@ CASES = {  # what is trained
     },
 }
 CPU_CASES = list(CASES)[:4]
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}  # a GPU's memory
 CONTESTANTS = {  # who trains it: the library, its options, the precision
     "resnet_vae float32": ("ours", "float32"),
     "resnet_vae bfloat16": ("ours", "mixed_bfloat16"),
@@ -64,8 +65,8 @@ COLUMNS = {  # name in the CSV → (heading, format)
     "peak_share": ("Of matrix products' speed, %", "{:.0f}"),
     "build_seconds": ("Import and build, s", "{:.1f}"),
     "first_step_seconds": ("First step, s", "{:.1f}"),
-    "input_share": ("Waiting for images, %", "{:.2f}"),
-    "peak_megabytes": ("Peak memory, MB", "{:.0f}"),
+    "input_share": ("Making batches, %", "{:.2f}"),  # at most so long it waits for them: on TensorFlow it goes on
+    "peak_megabytes": ("Peak memory of the host, MB", "{:.0f}"),
 }
 
 
@@ -124,7 +125,7 @@ def _matrix_speed(precision, side):
 
 
 def make_training(library, config):
-    """Build a contestant: a function that trains for so many steps and returns the seconds it waited for images."""
+    """Build a contestant: a function that trains for so many steps and returns the seconds in which it made batches."""
     import numpy as np
 
     from resnet_vae.devices import keep_memory
@@ -202,10 +203,10 @@ def work(library, precision, config):
             continue
         began = time.perf_counter()
         train = train or make_training(library, config)
-        waited = train(int(line)) if int(line) else 0.0
+        making = train(int(line)) if int(line) else 0.0
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        print(json.dumps({"seconds": seconds, "waited": waited, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "making": making, "peak": peak}), flush=True)
 
 
 class Contestant:
@@ -214,8 +215,7 @@ class Contestant:
     def __init__(self, name, config):
         self.name = name
         library, precision = CONTESTANTS[name]
-        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}  # a GPU's memory
-        environ = {"TF_CPP_MIN_LOG_LEVEL": "3", **shared, **os.environ}
+        environ = dict(os.environ)
         if library.startswith("torch"):
             environ["KERAS_BACKEND"] = "torch"  # so that no other library is in its process
         self.process = subprocess.Popen(
@@ -231,8 +231,8 @@ class Contestant:
         """Have it train for so many steps; the first time it builds the network, too. Or ask for its "peak".
 
         Returns:
-            A dict: the seconds, those of them that it waited for images, and its peak memory in MB. Or its TFLOP/s in
-            products of matrices.
+            A dict: the seconds, those in which batches were made, and its peak memory in MB. Or its TFLOP/s in products
+            of matrices.
 
         Raises:
             BenchmarkError: the process died; what it had to say is on stderr.
@@ -292,7 +292,7 @@ def measure(case, config, names, rounds, seconds):
             "peak_share": 100 * teraflops / peaks[name],
             "build_seconds": builds[name],
             "first_step_seconds": firsts[name],
-            "input_share": 100 * statistics.median(a["waited"] / a["seconds"] for a in answers[name]),
+            "input_share": 100 * statistics.median(a["making"] / a["seconds"] for a in answers[name]),
             "peak_megabytes": answers[name][-1]["peak"],
         }
         rows.append(row)
@@ -304,7 +304,7 @@ def write(path, rows, columns, figure, of_code):
     """Write path.csv, .md and .png, and record.json beside them.
 
     Args:
-        path: without a suffix; its folder is made.
+        path: without a suffix, in a folder that is there.
         rows: dicts.
         columns: name in the CSV → (heading, format).
         figure: a matplotlib Figure.
@@ -314,7 +314,6 @@ def write(path, rows, columns, figure, of_code):
 
     from resnet_vae.plots import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     rounded = [{key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     write_text(path.with_suffix(".csv"), csv_text(rounded, columns))
     headings = [heading for heading, _ in columns.values()]
@@ -381,6 +380,7 @@ def main(arguments=None):
     if chosen.work:
         work(*chosen.work)
         return 0
+    make_writable(chosen.folder)
     rows, failed, of_code = [], [], code()
     for case in chosen.cases:
         try:
@@ -393,9 +393,14 @@ def main(arguments=None):
 
 
 def run(main):
-    """Run a benchmark; returns the exit code, 130 where Ctrl-C ended it."""
+    """Run a benchmark; returns the exit code, 2 for a folder that cannot be written, 130 where Ctrl-C ended it."""
+    for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", **SHARED}.items():  # of this process and of the contestants'
+        os.environ.setdefault(name, value)
     try:
         return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

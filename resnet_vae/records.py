@@ -241,12 +241,35 @@ def _check_place(config):
         )
     if (folder / "config.json").exists():  # of a run that is not finished, or of another program
         read_config(folder)
-    images = Path(os.path.expanduser(config.dataset)).resolve()
-    if config.dataset not in DATASETS and images.is_dir() and images in (folder.resolve(), *folder.resolve().parents):
+    check_outside(folder, config.dataset)
+
+
+def check_outside(folder, dataset):
+    """Refuse a folder for a record that is among the images of a data set.
+
+    Raises:
+        RecordError: it is.
+    """
+    images = Path(os.path.expanduser(dataset)).resolve()
+    if dataset not in DATASETS and images.is_dir() and images in (folder.resolve(), *folder.resolve().parents):
         raise RecordError(
             f"OUTDIR is {str(folder)!r}, within the folder of images, where its pictures would become images; choose "
             "another OUTDIR"
         )
+
+
+def make_writable(folder):
+    """Make the folder of a record, before what it is to hold is measured.
+
+    Raises:
+        RecordError: it can be neither written nor made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RecordError(f"{folder} cannot be written: {error.strerror}; choose another folder") from None
 
 
 def check_fingerprint(folder, data):

@@ -239,8 +239,9 @@ def notes(runs):
         "are each the lowest of all epochs, with the L2 penalty of its heads, which ours leave out; reconstruction and "
         "KL are of the last validation in its notebooks."
     )
-    if not any(map(like_the_post, runs)):
-        remarks[-1] += " They must not be compared with the others, which are of other images or another objective."
+    if unlike := [run.folder.name for run in runs if not like_the_post(run)]:
+        others = f"row{'s' * (len(unlike) > 1)} {', '.join(unlike)}" if len(unlike) < len(runs) else "the others"
+        remarks[-1] += f" They must not be compared with {others}, of other images or another objective."
     if any(run.config.validation == "test" for run in runs):
         remarks.append(
             "VALIDATION=test: the test images were the validation images, as in the post, and chose the epoch."

@@ -27,12 +27,14 @@ def runs_of(folder, environ=None):
         environ: a mapping, by default os.environ.
 
     Raises:
-        RecordError: the folder is that of a run, or none.
+        RecordError: the folder is that of a run, an experiment or a benchmark, or none.
         ConfigError: listing every mistake in the sweep's names, or else every mistake in its values, each once.
     """
     environ = os.environ if environ is None else environ
     environ = {name: value for name, value in environ.items() if value.strip()}
     check_sweep(Path(folder))
+    if Path(folder, "record.json").exists():
+        raise RecordError(f"{folder} holds the record of an experiment or a benchmark; expected the folder of a sweep")
     runs, alike, problems = {}, _recorded(Path(folder)), []
     if environ.get("RUNNER", RUNNERS[0]) not in RUNNERS:
         problems.append(f"RUNNER is {environ['RUNNER']!r}; expected {' or '.join(RUNNERS)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import numpy as np
 
-    from resnet_vae.config import Config, UserError
+    from resnet_vae.config import Config, UserError, backend_problem
     from resnet_vae.data import load_data
     from resnet_vae.records import whole
 except ModuleNotFoundError as error:
@@ -59,6 +59,8 @@ def main():
     try:
         if path.suffix != ".npz":
             raise UserError(f"{path} is no name for the file; expected one that ends in .npz")
+        if problem := backend_problem(os.environ.get("KERAS_BACKEND", "")):
+            raise UserError(problem)
         make(path)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

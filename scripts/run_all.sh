@@ -43,11 +43,15 @@ evaluate() { # a finished run, once
   child=
 }
 
-while read -r run <&3; do # not mapfile, which macOS's bash is without
-  read -ra settings <<< "$run"
+is_finished() { # of a run's line: sets its name and its settings
+  read -ra settings <<< "$1"
   name=${settings[0]}
   settings[0]=OUTDIR=$sweep/$name
   env "${settings[@]}" "$PYTHON" -m resnet_vae finished
+}
+
+while read -r run <&3; do # not mapfile, which macOS's bash is without
+  is_finished "$run"
   case $? in
     0)
       echo "$name: finished already, in $sweep/$name"
@@ -77,10 +81,7 @@ while read -r run <&3; do # not mapfile, which macOS's bash is without
 done 3<<< "$runs"
 
 for run in ${busy[@]+"${busy[@]}"}; do # in another process, which may have finished meanwhile, with other settings
-  read -ra settings <<< "$run"
-  name=${settings[0]}
-  settings[0]=OUTDIR=$sweep/$name
-  env "${settings[@]}" "$PYTHON" -m resnet_vae finished
+  is_finished "$run"
   case $? in
     0 | 3)
       if [ -f "$sweep/$name/metrics.json" ]; then evaluate "$sweep/$name"; else failed+=("$name (in work elsewhere)"); fi

@@ -11,7 +11,7 @@ set -uo pipefail
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 . "$scripts/arguments.sh"
 check_arguments 1 "$@"
-folder=${1:-results/soak} limit=${SOAK_SECONDS:-900} runs=runs/soak
+folder=$(expanded "${1:-results/soak}") limit=${SOAK_SECONDS:-900} runs=runs/soak
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
 export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
 export DEPTHS=${DEPTHS:-28 46}

@@ -1,6 +1,8 @@
 """The speed comparison: that its peer is the same network, and that it measures."""
 
 import csv
+import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             speed.main(words)
     monkeypatch.setitem(speed.CONTESTANTS, "nobody", ("torch.nonsense", "float64"))
-    with pytest.raises(speed.BenchmarkError, match="nobody ended with exit code 1"):
+    with pytest.raises(speed.BenchmarkError, match="nobody ended with exit code 2"):
         speed.measure("tiny", config, ["nobody"], rounds=1, seconds=0)
 
 
@@ -136,7 +138,7 @@ def test_speeds_and_ratios_are_those_of_the_answers(monkeypatch):
             slow = self.name.startswith("plain")
             self.turns += steps > 3
             seconds = {0: 2.0, 1: 5.0}.get(steps, steps * (0.2 if slow else 0.1) * (10 if self.turns == 2 else 1))
-            return {"seconds": seconds, "waited": 0.03 * seconds, "peak": 700.0 + self.turns}
+            return {"seconds": seconds, "making": 0.03 * seconds, "peak": 700.0 + self.turns}
 
         def close(self):
             asked.append((self.name, "close"))
@@ -185,6 +187,18 @@ def test_cost_as_work_grows(tmp_path, monkeypatch, capsys):
     assert [row["memory_exponent"] for row in rows if row["exponent"]] == ["0.75", "0.00", "0.75"]
     assert float(rows[0]["step_seconds"]) == pytest.approx(28**1.5, rel=1e-3)
     assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", ["speed", "scaling"])
+def test_a_benchmark_that_cannot_be_written_is_not_begun(name, tmp_path, monkeypatch, capsys):
+    import speed
+
+    benchmark = importlib.import_module(name)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured in vain"))
+    (tmp_path / "file").touch()
+    assert speed.run(lambda: benchmark.main([str(tmp_path / "file" / "sub")])) == 2
+    told = "error: .*sub cannot be written: Not a directory; choose another folder\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
 
 
 def test_an_interrupted_benchmark_says_so_in_a_line(monkeypatch, capsys):

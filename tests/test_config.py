@@ -466,6 +466,11 @@ def test_an_experiment_does_not_write_into_anothers_record():
         assert kind.from_env({"OUTDIR": str(RESULTS / folder)}).folder == RESULTS / folder
 
 
+def test_an_experiment_does_not_write_among_the_images_it_reads(tmp_path):
+    with pytest.raises(UserError, match="within the folder of images, where its pictures would become images; choose"):
+        Degradation.from_env({"DATASET": str(tmp_path), "OUTDIR": str(tmp_path / "record")})
+
+
 def test_an_experiment_does_not_write_over_a_record_that_is_none(tmp_path):
     (tmp_path / "record.json").write_text("[]")
     with pytest.raises(ConfigError, match="it holds the record of a benchmark"):

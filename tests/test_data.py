@@ -607,6 +607,10 @@ def test_the_small_cifar10_is_the_first_images_of_each_batch(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["cifar10_subset.py", str(tmp_path / "small.png")])
     assert cifar10_subset.main() == 2
     assert "small.png is no name for the file; expected one that ends in .npz" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["cifar10_subset.py", str(path)])
+    monkeypatch.setenv("KERAS_BACKEND", "theano")
+    assert cifar10_subset.main() == 2
+    assert capsys.readouterr().err.startswith("error: KERAS_BACKEND is 'theano'; expected one of")
 
 
 COLD_START = """

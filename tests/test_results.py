@@ -96,9 +96,11 @@ def test_a_table_that_cannot_be_compared_with_the_post_says_so(tmp_path, name, s
     write_run(tmp_path / "a", 28, 1850.0, name, **settings)
     markdown = write_table(read_sweep(tmp_path), tmp_path)
     assert f"Images: {name}." in markdown
-    assert "They must not be compared with the others" in markdown
+    assert "They must not be compared with the others, of other images or another objective." in markdown
     write_run(tmp_path / "b", 28, 1850.0, "cifar10", objective="published")
-    assert "They must not be compared with the others" not in write_table(read_sweep(tmp_path), tmp_path)
+    assert "They must not be compared with row a, of other" in write_table(read_sweep(tmp_path), tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    assert "They must not be compared" not in write_table(read_sweep(tmp_path), tmp_path)
 
 
 def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, once, processor_seconds
-from test_results import write_run
+from test_results import RESULTS, write_run
 
 from resnet_vae import Config, checkpoints
 from resnet_vae.config import ConfigError, UserError
@@ -94,11 +94,15 @@ def test_a_mistake_in_a_sweep_is_told_once(given):
     assert re.match(MISTAKES[given], line)
 
 
-def test_a_sweep_is_not_made_in_a_run_nor_in_a_file(tmp_path):
+def test_a_sweep_is_not_made_in_a_run_nor_in_an_experiment_nor_in_a_file(tmp_path):
     run, file = tmp_path / "run", tmp_path / "file"
     write_run(run, 28, 1850.0)
     file.write_text("")
-    for place, told in ((run, "is a run; expected a sweep, the folder above it"), (file, "is no folder; expected")):
+    for place, told in (
+        (run, "is a run; expected a sweep, the folder above it"),
+        (file, "is no folder; expected"),
+        (RESULTS / "euler", "holds the record of an experiment or a benchmark; expected the folder of a sweep"),
+    ):
         with pytest.raises(UserError, match=re.escape(f"{place} {told}")):
             runs_of(place, {"DATASET": "digits"})
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from resnet_vae.experiments.networks import (
     LOSSES,
@@ -229,6 +229,13 @@ def draw_lines(rows):
     return figure
 
 
+def _ticks(low, high):
+    """Round numbers from low to high for a logarithmic axis."""
+    far = high / low
+    locator = LogLocator(subs=(1, 2, 5) if far < 300 else (1,)) if far > 10 else MaxNLocator(5)
+    return [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+
+
 def draw_surfaces(rows):
     """A panel a network: the loss over the random plane as a surface; heights and colours compare in each row."""
     figure = Figure(figsize=(8.4, 3.9 * len(NETWORKS)), layout="constrained")
@@ -245,15 +252,16 @@ def draw_surfaces(rows):
         limits = {"vmin": height.min(), "vmax": height.max()}
         x, y, z = _grid(own, "random")
         axes.plot_surface(x, y, z, cmap="viridis", rcount=200, ccount=200, **limits)
-        middle = np.unravel_index(np.argmin(x**2 + y**2), x.shape)
-        axes.plot(*([each[middle]] for each in (x, y, z)), "r+", ms=10, mew=1.5)
+        distance = x**2 + y**2
+        nearest = distance < 1.01 * distance.min() + 1e-12  # four, where the number of points is even
+        axes.plot([0], [0], [z[nearest].mean()], "r+", ms=10, mew=1.5)
         axes.set_zlim(height.min(), height.max())
         axes.set_xlabel("first direction", labelpad=8)
         axes.set_ylabel("second direction", labelpad=8)
-        ticks = MaxNLocator(5).tick_values(10 ** height.min(), 10 ** height.max())
-        ticks = [tick for tick in ticks if 10 ** height.min() <= tick <= 10 ** height.max()]
-        axes.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
-        axes.set_zlabel("loss, nats", labelpad=4)
+        ticks = _ticks(10 ** height.min(), 10 ** height.max())
+        labels = [f"{tick:g}" for tick in ticks]
+        axes.set_zticks(np.log10(ticks), labels)
+        axes.set_zlabel("loss, nats", labelpad=max(4, 4 * max(map(len, labels)) - 12))
         axes.set_title(title, y=0.95)
         axes.set_box_aspect(None, zoom=0.85)
     return figure

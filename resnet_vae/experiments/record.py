@@ -1,15 +1,12 @@
 """What an experiment leaves behind: its tables, its figure, its settings and what it ran on."""
 
 import csv
-import errno
-import os
-from contextlib import contextmanager
 
 import keras
 
 from resnet_vae.devices import devices
 from resnet_vae.plots import save
-from resnet_vae.records import RecordError, csv_text, environment, write_record, write_text
+from resnet_vae.records import csv_text, environment, make_writable, write_record, write_text
 
 
 def conduct(settings, experiment):
@@ -28,27 +25,15 @@ def conduct(settings, experiment):
     """
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
     folder = settings.folder
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    make_writable(folder)
     tables = experiment.measure(settings)
-    with _writing(folder):
-        for name, rows in tables.items():
-            write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
-        for name, figure in experiment.figures(tables).items():
-            save(figure, folder / f"{name}.png")
-        name = experiment.__name__.rpartition(".")[2]
-        write_record(folder, ran_on, experiment=name, settings=settings.model_dump(mode="json"))
+    for name, rows in tables.items():
+        write_text(folder / f"{name}.csv", csv_text(rows, rows[0]))
+    for name, figure in experiment.figures(tables).items():
+        save(figure, folder / f"{name}.png")
+    name = experiment.__name__.rpartition(".")[2]
+    write_record(folder, ran_on, experiment=name, settings=settings.model_dump(mode="json"))
     return folder
-
-
-@contextmanager
-def _writing(folder):
-    try:
-        yield
-    except OSError as error:
-        raise RecordError(f"OUTDIR {folder} cannot be written: {error.strerror}; choose another OUTDIR") from None
 
 
 def read_tables(folder):

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from resnet_vae.config import (
     IMAGENET,
@@ -20,7 +20,7 @@ from resnet_vae.config import (
     did_you_mean,
     parse_words,
 )
-from resnet_vae.records import read_json
+from resnet_vae.records import check_outside, read_json
 
 NETWORKS = ("classifier", "VAE")
 KINDS = {  # and their options; "zero-init" has residual blocks that start as the identity
@@ -97,6 +97,11 @@ class Networks(Experiment):
     image_shape: Shape | None = Field(None, description="images are resized to it (default: as the data set has them)")
     width: float = Field(0.25, gt=0, le=4, description="multiplier of the networks' filters")
     beta: float = Field(0.02, ge=0, description="weight of the VAEs' KL; at 1, few steps leave all latents unused")
+
+    @model_validator(mode="after")
+    def _check_place(self):
+        check_outside(self.folder, self.dataset)
+        return self
 
 
 class Trained(Networks):

@@ -48,6 +48,9 @@ def measure(settings):
         raise DataError(f"LABELS holds {most}, and {settings.dataset} has a class of {fewest} images; expected no more")
     is_old = np.isin(data.labels[0], old_classes)
     is_test = np.isin(new.labels[2], new_classes)
+    if not is_test.any():
+        told = "expected images of the second half of the classes among the test images"
+        raise DataError(f"{settings.dataset} has none; {told}")
     test = inputs("classifier", new.test[is_test], new.labels[2][is_test] - half)
     batch = {"batch_size": settings.batch_size, "verbose": 0}
     rows = []
