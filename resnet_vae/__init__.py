@@ -6,7 +6,9 @@ backend: Config, build_vae, build_classifier, load_data, train, load_run, take_o
 
 import importlib
 import os
+import subprocess
 import sys
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 
 _HOMES = {
@@ -20,6 +22,7 @@ _HOMES = {
     "train": "training",
 }
 _WITH_CLASSES = ("training", "transfer")  # importing these makes Keras know all classes of the package
+_NOTICES = "^(WARNING: All log messages before absl::InitializeLog|I0000 )"  # and nothing that is a warning
 __all__ = [*_HOMES]
 __version__ = "0.1.0"
 
@@ -41,6 +44,29 @@ def _register():
         importlib.import_module(f"{__name__}.{name}")
 
 
+@contextmanager
+def _without_notices():
+    """Leave TensorFlow's notices out of stderr, which TF_CPP_MIN_LOG_LEVEL is to do and while it is imported does not.
+
+    Another process does that, so that what a crash writes is told all the same.
+    """
+    grep = None
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") not in ("", "0"):
+        with suppress(OSError):  # no stderr, or no grep
+            stderr = os.dup(2)
+            grep = subprocess.Popen(["grep", "-vE", _NOTICES], stdin=subprocess.PIPE, stdout=stderr)
+    if grep is None:
+        yield
+        return
+    with grep:
+        os.dup2(grep.stdin.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 class _RegisterWithKeras:
     """Import hook: once Keras is imported, make it know this package's classes, so that load_model finds them.
 
@@ -60,7 +86,8 @@ class _RegisterWithKeras:
             def execute_and_register(module):
                 cls.depth += 1
                 try:
-                    execute(module)
+                    with _without_notices() if name == "keras" else nullcontext():
+                        execute(module)
                 finally:
                     cls.depth -= 1
                 if "keras" in sys.modules and not cls.depth and cls in sys.meta_path:

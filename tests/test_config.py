@@ -449,6 +449,25 @@ def test_no_bound_is_called_one():
     assert [Config(beta=beta).loss_meaning for beta in (0.5, 2.0)] == ["beta 0.5: no bound", "beta 2: a looser bound"]
 
 
+@pytest.mark.parametrize("level", ["3", "0", ""])
+def test_notices_at_import_are_left_out_and_a_crash_is_told(tmp_path, level):
+    """Of a made-up Keras that writes as TensorFlow 2.21 does and ends the process, and of one that is none."""
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "TF_CPP_MIN_LOG_LEVEL": level}
+
+    def run(keras, command):
+        (tmp_path / "keras.py").write_text(keras)
+        return subprocess.run([sys.executable, "-c", command], env=environ, capture_output=True, text=True)
+
+    notices = "WARNING: All log messages before absl::InitializeLog() is called\nI0000 00:00:1 port.cc:153] a notice\n"
+    told = "W0000 00:00:1 a warning\nF0000 00:00:1 no AVX\n"
+    done = run(f"import os; os.write(2, {(notices + told).encode()}); os.abort()", "import resnet_vae, keras")
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr.startswith(told if level == "3" else notices + told)
+    later = "import os, resnet_vae\ntry: import keras\nexcept ImportError: os.write(2, b'I0000 later')"
+    done = run("import sys; print('a warning', file=sys.stderr); raise ImportError", later)
+    assert done.stderr == "a warning\nI0000 later"
+
+
 def test_a_blank_variable_is_not_set():
     assert Config.from_env({"EPOCHS": " "}).epochs == 100
 
