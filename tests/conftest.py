@@ -6,6 +6,7 @@ import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # whatever ~/.keras/keras.json names
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ TINY = {
 
 def pytest_configure(config):
     """Have what several tests compute in processes of their own be compiled once on JAX: it was half of their time."""
-    if os.environ.get("KERAS_BACKEND") == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if os.environ["KERAS_BACKEND"] == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 def once(reason):
     """Mark a slow test of what is the same on every backend: it runs on TensorFlow."""
-    return pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason=reason)
+    return pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow", reason=reason)
 
 
 def processor_seconds():

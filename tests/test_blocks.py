@@ -372,13 +372,21 @@ def test_blocks_take_whole_numbers():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="traces are shared on TensorFlow")
 def test_repeated_blocks_train_with_xla_after_they_trained_without():
-    """Their loop is another one there."""
+    """Their loop is another one there, with the same loss, gradients and averages."""
     image = keras.Input((8, 8, 6))
-    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(Repeated(3, (2, 2, 6))(image)))
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(Repeated(3, (2, 2, 6), gain=0.5)(image)))
     images, targets = RNG.standard_normal((4, 8, 8, 6)).astype("float32"), np.ones((4, 6))
+    start, losses, trained = model.get_weights(), [], []
     for jit_compile in (False, True):
+        model.set_weights(start)
         model.compile("sgd", "mse", jit_compile=jit_compile)
-        assert np.isfinite(model.train_on_batch(images, targets))
+        losses.append(model.train_on_batch(images, targets))
+        trained.append([after - before for after, before in zip(model.get_weights(), start, strict=True)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for one, other in zip(*trained, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-6)
+    moved = {weight.path: np.abs(step).max() for weight, step in zip(model.weights, trained[0], strict=True)}
+    assert min(step for path, step in moved.items() if "bias" not in path) > 0
 
 
 def test_repeated_blocks_from_their_configuration():
@@ -703,6 +711,7 @@ def test_fixed_statistics_are_not_fused_on_gpus(monkeypatch):
     """There the fused operation's gradient is an error where TensorFlow is to be deterministic, as `train` asks it."""
     import tensorflow as tf
 
+    monkeypatch.setattr("resnet_vae.devices._gpus", list)
     x = RNG.standard_normal((4, 3, 3, 5)).astype("float32")
     layer, fused, normalize = BatchNormalization(), [], tf.compat.v1.nn.fused_batch_norm
     monkeypatch.setattr(tf.compat.v1.nn, "fused_batch_norm", lambda *a, **k: fused.append(1) or normalize(*a, **k))
@@ -827,18 +836,19 @@ def _traced_gradient(loop, x):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX's loops")
-def test_a_loop_keeps_for_the_gradient_what_convolutions_give(monkeypatch):
-    """Of each block its input and three outputs in bfloat16, besides vectors and kernels."""
+@pytest.mark.parametrize(("remat", "sizes"), [(False, [8, 8, 32, 32]), (True, [32])])
+def test_a_loop_keeps_for_the_gradient_what_convolutions_give(remat, sizes, monkeypatch):
+    """Of each block its input and three outputs in bfloat16, besides vectors and kernels; the input if it remats."""
     monkeypatch.setattr("resnet_vae.loop.SHORT", 0)
     count, positions = 3, (4, 8, 8)
     x = keras.ops.cast(RNG.standard_normal((*positions, 32)), "bfloat16")
-    loop = Repeated(count, (8, 8, 32), dtype="mixed_bfloat16")
+    loop = Repeated(count, (8, 8, 32), remat=remat, dtype="mixed_bfloat16")
     loop.build(x.shape)
     *_, loops = _traced_gradient(loop, x)
     forward = next(equation for equation in loops if not equation.params["reverse"])
     size = count * np.prod(positions)
     kept = [variable.aval for variable in forward.outvars[1:] if variable.aval.size >= size]  # the first is the last x
-    assert sorted(each.size // size for each in kept) == [8, 8, 32, 32]
+    assert sorted(each.size // size for each in kept) == sizes
     assert {each.dtype.name for each in kept} == {"bfloat16"}
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -483,6 +484,21 @@ def test_an_experiment_does_not_write_into_anothers_record():
             Euler.from_env({"OUTDIR": str(RESULTS / folder)})
     for kind, folder in ((Euler, "euler"), (Preactivation, "preactivation")):
         assert kind.from_env({"OUTDIR": str(RESULTS / folder)}).folder == RESULTS / folder
+
+
+def test_the_readmes_commands_are_those_of_the_recorded_experiments():
+    readme, done = (RESULTS.parent / "README.md").read_text(), set()
+    for block in re.findall("```sh\n(.*?)```", readme, re.DOTALL):
+        for line in block.replace("\\\n", "").splitlines():
+            if not (found := re.fullmatch(r"(.*)scripts/run_notebook\.sh notebooks/(\w+)\.ipynb runs/(\S+)", line)):
+                continue
+            words, notebook, name = found.groups()
+            given = NOTEBOOKS[notebook].from_env(dict(word.split("=", 1) for word in shlex.split(words)))
+            recorded = json.loads((RESULTS / name / "record.json").read_text())["settings"]
+            values = given.model_dump(mode="json", exclude={"outdir"})
+            assert values == {setting: recorded[setting] for setting in values}
+            done.add(notebook)
+    assert done == {"degradation", "preactivation", "gradients", "euler", "landscape", "transfer"}
 
 
 def test_an_experiment_does_not_write_among_the_images_it_reads(tmp_path):

@@ -124,7 +124,7 @@ def test_a_soak_is_recorded(tmp_path):
     done = subprocess.run(
         [HOME / "scripts" / "soak.sh", "record"],
         cwd=tmp_path,
-        env=environment(soak_seconds=0, epochs=1, depths="28"),
+        env=environment(soak_seconds=0, epochs=1, depths="28", cuda_visible_devices=-1),
         capture_output=True,
         text=True,
         check=False,
@@ -370,6 +370,7 @@ raise BusyError("the folder is in use")
 """
 
 
+@once("the scripts are the same on every backend")
 @pytest.mark.parametrize(
     ("cell", "code", "told"),
     [
@@ -398,6 +399,7 @@ def test_a_notebook_that_fails_is_kept_as_far_as_it_came(tmp_path, cell, code, t
     assert kept.cells[0].outputs[0].text == "so far\n"
 
 
+@once("the scripts are the same on every backend")
 def test_a_refused_run_leaves_the_notebook_of_the_finished_one(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -410,6 +412,7 @@ def test_a_refused_run_leaves_the_notebook_of_the_finished_one(tmp_path):
     assert (out / "failing.ipynb").read_text() == "the finished run's"
 
 
+@once("the scripts are the same on every backend")
 def test_two_notebooks_at_once_in_one_folder(tmp_path):
     for name in ("one", "two"):
         cells = [nbformat.v4.new_code_cell(source) for source in ("import time; time.sleep(3)", f"print({name!r})")]
@@ -421,10 +424,11 @@ def test_two_notebooks_at_once_in_one_folder(tmp_path):
     ]
     for name, process in zip(("one", "two"), running, strict=True):
         output, _ = process.communicate()
-        assert (process.returncode, output.splitlines()[0]) == (0, name), output
+        assert (process.returncode, name in output.splitlines()) == (0, True), output
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "one.ipynb", "two.ipynb"}
 
 
+@once("the scripts are the same on every backend")
 def test_run_notebook_tells_mistakes_before_it_starts(tmp_path):
     script = HOME / "scripts" / "run_notebook.sh"
     missing = subprocess.run([script, "no.ipynb"], capture_output=True, text=True, check=False, env=environment())

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, once
 
 from resnet_vae import Config, checkpoints, load_data
 from resnet_vae.config import UserError
@@ -173,6 +173,7 @@ for number in range(int(sys.argv[2]), 10**9):
 """
 
 
+@once("no backend saves checkpoints")
 def test_killed_at_any_moment_of_a_save_a_whole_checkpoint_remains(tmp_path):
     """Twenty processes that do nothing but save, each killed at a random moment."""
     last = -1

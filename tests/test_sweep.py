@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -290,6 +291,23 @@ def test_a_sweep_trains_evaluates_and_makes_the_table_in_this_order(stand_in):
     assert calls == ["sweep sweep  ", *expected, "table sweep  "]
 
 
+@pytest.mark.parametrize("jupyter", [True, False])
+def test_a_sweep_runs_the_notebook_where_there_is_jupyter(stand_in, tmp_path, jupyter):
+    program = STAND_IN.replace("-c*)", f"-c*nbconvert*) exit {int(not jupyter)} ;;\n  -c*)")
+    write_program(tmp_path / "python", program)
+    code, error, calls = stand_in("finished:3", RUNNER="")
+    assert (code, error) == (0, "")
+    trained = [call for call in calls if call.startswith("train") or "nbconvert" in call]
+    assert ["nbconvert" in call for call in trained] == [jupyter] * 2
+
+
+def test_the_demo_is_a_sweep_without_mistakes():
+    lines = (SCRIPTS.parent / "Makefile").read_text().replace("\\\n", "").splitlines()
+    (demo,) = [line for line in lines if line.endswith("scripts/run_all.sh runs/demo")]
+    words = [word.split("=", 1) for word in shlex.split(demo) if re.match("[A-Z_]+=", word)]
+    assert list(runs_of("x", dict(words))) == ["depth-28", "depth-40"]
+
+
 def test_a_sweep_with_a_mistake_trains_nothing(stand_in):
     assert stand_in("sweep:2") == (2, "", ["sweep sweep  "])
 
@@ -401,7 +419,8 @@ def test_table1_takes_the_backend_that_can_use_the_gpu(tmp_path, sees, given, to
     }
     for name, script in stand_ins.items():
         write_program(tmp_path / name, f"#!/bin/sh{script}\n")
-    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "KERAS_BACKEND", "RUNNER")}
+    left_out = ("PYTHON", "KERAS_BACKEND", "RUNNER", "CUDA_VISIBLE_DEVICES")
+    bare = {name: value for name, value in os.environ.items() if name not in left_out}
     done = subprocess.run(
         [SCRIPTS / "table1.sh", tmp_path / "table"],
         env=bare | {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
