@@ -320,7 +320,9 @@ def _without_bias(convolution, x):
         return insert_zeros(x, strides) if transposed else x
     if transposed:
         return convolve_transposed(x, kernel, strides)
-    return ops.conv(x, kernel, strides, padding="same") if strided else convolve(x, kernel)
+    if strided:
+        return ops.conv(x, kernel, strides, padding="same", data_format=convolution.data_format)
+    return convolve(x, kernel)
 
 
 def _normalized(convolution, normalization, x, training, shifts=()):

@@ -8,6 +8,8 @@ from keras import layers, ops
 from resnet_vae.devices import computes_on_gpu, processor_has_amx
 from resnet_vae.loop import within_loop
 
+LAST = "channels_last"  # also where Keras's image_data_format has become another since a network was built
+
 
 def matrix(convolution):
     """The kernel of a 1×1 convolution, transposed or not, as (channels, filters)."""
@@ -33,7 +35,7 @@ def convolve(x, kernel):
             return convolution_for_loops()(x, kernel)
         if _is_for_onednn(x) and _is_narrow(x):
             return _convolve_tensorflow(x, kernel)
-    return ops.conv(x, kernel, padding="same")
+    return ops.conv(x, kernel, padding="same", data_format=LAST)
 
 
 def convolve_transposed(x, kernel, strides):
@@ -41,7 +43,7 @@ def convolve_transposed(x, kernel, strides):
     side = kernel.shape[0]
     if _is_for_xla_on_cpu() and max(strides) <= side and None not in x.shape[1:3]:
         return _in_phases(x, _turned(kernel), strides, [side - 1 - (side - stride) // 2 for stride in strides])
-    return ops.conv_transpose(x, kernel, strides, padding="same")
+    return ops.conv_transpose(x, kernel, strides, padding="same", data_format=LAST)
 
 
 def convolve_upsampled(x, kernel, strides):
@@ -66,7 +68,7 @@ def _upsampled_by_transpose(x, kernel, strides):
     """`convolve_upsampled` as a part of a transposed convolution, which goes beyond the image."""
     (rows, columns), first = strides, kernel.shape[0] // 2
     height, width = x.shape[1] * rows, x.shape[2] * columns
-    x = ops.conv_transpose(x, _turned(kernel), strides, padding="valid")
+    x = ops.conv_transpose(x, _turned(kernel), strides, padding="valid", data_format=LAST)
     return _part(x, (first, first, 0), (height, width, x.shape[-1]))
 
 
@@ -110,7 +112,7 @@ def _padded(x, kernel, padding):
         import tensorflow as tf
 
         return tf.nn.conv2d(x, kernel, 1, ((0, 0), *padding, (0, 0)))
-    return ops.conv(ops.pad(x, ((0, 0), *padding, (0, 0))), kernel, padding="valid")
+    return ops.conv(ops.pad(x, ((0, 0), *padding, (0, 0))), kernel, padding="valid", data_format=LAST)
 
 
 def every(x, strides):
@@ -119,7 +121,7 @@ def every(x, strides):
     if tuple(strides) == (1, 1):
         return x
     if None in (height, width) or height % rows or width % columns:
-        return ops.average_pool(x, 1, strides, padding="valid")  # of single positions
+        return ops.average_pool(x, 1, strides, padding="valid", data_format=LAST)  # of single positions
     height, width = height // rows, width // columns
     x = ops.reshape(x, (-1, height, rows, width, columns * channels))
     return ops.reshape(_part(x, (0, 0, 0, 0), (height, 1, width, channels)), (-1, height, width, channels))
@@ -127,7 +129,7 @@ def every(x, strides):
 
 def averaged(x, strides):
     """Averages over the strides: (batch, height, width, c) → (batch, height / rows, width / columns, c), rounded up."""
-    return x if tuple(strides) == (1, 1) else ops.average_pool(x, strides, strides, padding="same")
+    return x if tuple(strides) == (1, 1) else ops.average_pool(x, strides, strides, padding="same", data_format=LAST)
 
 
 def repeated(x, strides):
@@ -162,7 +164,7 @@ def convolved_constant(constant, kernel, height, width):
     """
     sides = [(side, min(side, kernel.shape[0])) for side in (height, width)]
     y = ops.broadcast_to(constant, (1, *(small for _, small in sides), constant.shape[0]))
-    y = ops.conv(y, kernel, padding="same")
+    y = ops.conv(y, kernel, padding="same", data_format=LAST)
     for axis, (side, small) in enumerate(sides, start=1):
         middle = (small - 1) // 2
         y = ops.take(y, [*range(middle), *[middle] * (side - small + 1), *range(middle + 1, small)], axis=axis)

@@ -506,6 +506,11 @@ def _levels(path, images):
     """Check an array of images and bring it to uint8 (images, height, width, channels)."""
     images = np.asarray(images)
     if images.ndim == 3:
+        if 1 <= images.shape[2] <= 4:
+            raise DataError(
+                f"{path}: an array of shape {images.shape} looks like one image (height, width, channels); expected "
+                "(images, height, width) or (images, height, width, channels): save array[None]"
+            )
         images = images[..., None]
     if images.ndim != 4 or images.dtype.kind not in "buif" or 0 in images.shape[1:]:
         raise DataError(
@@ -579,11 +584,10 @@ def _image_files(folder, below=True):
             if link.resolve() in (step.resolve() for step in (place, *place.parents, *place.resolve().parents)):
                 raise DataError(f"{link} is a link to a folder that it is in; remove it")
         files += [place / name for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-    for file in files:
+    for file in files:  # or a folder's name
         if file.is_symlink() and not file.exists():
             raise DataError(f"{file} is a link to nothing; remove it, or mount what it leads to")
-    return [file for file in files if file.is_file()]
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _parts(path):

@@ -115,7 +115,7 @@ def _scan_tensorflow(function, x, stacks, outputs, remat):
         return [weights[number] for number in range(len(weights))]
 
     def array(shape, dtype):
-        return tf.TensorArray(dtype, count, element_shape=shape)
+        return tf.TensorArray(dtype, count, element_shape=shape, clear_after_read=False)  # which counts eagerly
 
     def forward(x, packed, keep):
         weights = [array(each.shape[1:], each.dtype).unstack(each) for each in packed]

@@ -51,7 +51,7 @@ class AdamW(keras.optimizers.Adam):
             return float(self.decayed(self.learning_rate))
 
     def _scalars(self, learning_rate):
-        """What is the same for all variables of a step: the rate, what decay leaves, and Adam's arguments."""
+        """What is the same for all variables of a step: the rate, what decay takes, and Adam's arguments."""
         step, rate = ops.cast(self.iterations, "float32"), self.decayed(ops.cast(learning_rate, "float32"))
         adam = {
             "beta1_power": self.beta_1 ** (step + 1.0),
@@ -60,7 +60,7 @@ class AdamW(keras.optimizers.Adam):
             "beta2": ops.convert_to_tensor(self.beta_2, "float32"),
             "epsilon": ops.convert_to_tensor(self.epsilon, "float32"),
         }
-        return rate, 1.0 - (self.weight_decay or 0.0) * rate, adam
+        return rate, (self.weight_decay or 0.0) * rate, adam
 
     def _apply_weight_decay(self, variables):
         """Keras's, which would be a second one to that of `update_step`."""
@@ -69,9 +69,9 @@ class AdamW(keras.optimizers.Adam):
         known = {} if self._of_the_step is None else self._of_the_step
         if not known:
             known["scalars"] = self._scalars(learning_rate)
-        rate, kept, adam = known["scalars"]
+        rate, decayed, adam = known["scalars"]
         if self.weight_decay and self._use_weight_decay(variable):
-            self.assign(variable, variable * ops.cast(kept, variable.dtype))
+            self.assign(variable, variable * (1.0 - ops.cast(decayed, variable.dtype)))
         if keras.backend.backend() != "tensorflow":
             super().update_step(gradient, variable, rate)
             return

@@ -13,6 +13,7 @@ from resnet_vae.records import (
     csv_text,
     environment,
     model_of,
+    read_json,
     read_run,
     write_json,
     write_text,
@@ -101,7 +102,8 @@ def evaluate_run(folder, dataset):
     Returns:
         A dict: the data set as asked for, its name, number of images and fingerprint, their entropy floor, the
         objective's figures and where these are no bound, the bound; the precision they were computed in, and what on
-        ("ran_on", as in provenance.json). It is also written to evaluation-NAME.json in the run's folder.
+        ("ran_on", as in provenance.json). It is also written to evaluation-NAME.json in the run's folder, or where
+        that is of other images, to evaluation-NAME-FINGERPRINT.json.
 
     Raises:
         UserError: no such run, or no such data.
@@ -128,7 +130,10 @@ def evaluate_run(folder, dataset):
         "precision": precision(run.config),
         "ran_on": ran_on,
     }
-    write_json(run.folder / f"evaluation-{name.removesuffix('.npz')}.json", result)
+    path = run.folder / f"evaluation-{name.removesuffix('.npz')}.json"
+    if path.exists() and read_json(path).get("fingerprint") != fingerprint:  # of the same name, elsewhere
+        path = path.with_stem(f"{path.stem}-{fingerprint[:12]}")
+    write_json(path, result)
     return result
 
 
@@ -256,7 +261,7 @@ def notes(runs):
             "from. Bounds compare across objectives."
         )
     if any(run.config.beta != 1 for run in runs):
-        remarks.append("Where beta is not 1, the loss is no bound (below 1) or a looser one (above 1).")
+        remarks.append("Where beta is not 1, the loss is no bound; under elbo with beta above 1 it is a looser one.")
     for run in runs:
         if (done := run.metrics["epochs"]) < run.config.epochs:
             told = f"{run.folder.name} was stopped after {done} of {run.config.epochs} epochs, by PATIENCE"

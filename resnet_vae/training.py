@@ -515,8 +515,10 @@ def _train(config, data, folder):
         be_deterministic()
     print(config.describe())
     ran_on = environment(keras.backend.backend(), devices())  # the code as it is now
-    for left in ("partial-*-*", "evaluation-*.json"):  # by a process that was killed, and of the run that was there
-        for path in folder.glob(left):
+    for path in folder.glob("partial-[0-9]*-????????-*"):  # left by a process that was killed
+        path.unlink()
+    if (folder / "config.json").exists():
+        for path in folder.glob("evaluation-*.json"):  # of the run that was there
             path.unlink()
     training = Training(config, data, folder)
     write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})

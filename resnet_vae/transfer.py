@@ -74,6 +74,14 @@ class Features(keras.Model):
     Keras passes the `training` of the outer model on, also where a model was called with training=False.
     """
 
+    def __call__(self, *args, **kwargs):
+        context = self._get_call_context()
+        outer = context.get_value("training")
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:  # or else Keras would hand False on to the layers that come after this one in a model's `call`
+            context.set_value("training", outer)
+
     def call(self, inputs, training=None, mask=None):
         return super().call(inputs, training=False, mask=mask)
 
@@ -96,6 +104,7 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     Raises:
         ValueError: a decoder, or a model that is not functional.
     """
+    scaled = hasattr(model, "encoder") or isinstance(model, ImageModel)  # as a network of this package takes images
     model = getattr(model, "encoder", model)
     if not getattr(model, "outputs", None):
         raise ValueError(f"{model.name} has no outputs that are known; expected a functional model")
@@ -109,7 +118,7 @@ def adapt(model, classes, frozen=False, batch_statistics=False):
     features = (keras.Model if batch_statistics else Features)(inputs, outputs, name="features")
     for layer in features.layers:  # not `features` as a whole: set to what it already is, it would not reach them
         layer.trainable = not frozen
-    images = keras.Input(features.input_shape[1:], name="image")
+    images = keras.Input(features.input_shape[1:], dtype=None if scaled else features.inputs[0].dtype, name="image")
     x = features(images)
     x = layers.Dense(classes, activation="softmax", dtype="float32", name="classes")(x)
-    return ImageModel(images, x, name=f"adapted_{model.name}")
+    return (ImageModel if scaled else keras.Model)(images, x, name=f"adapted_{model.name}")

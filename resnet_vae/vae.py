@@ -227,6 +227,14 @@ def _check_weights(options):
             raise ValueError(f"the VAE's objective is an average over images; {name} is not supported")
 
 
+def _check_options(images, options):
+    """Refuse weights, and targets that are not the images."""
+    _check_weights(options)
+    y = options.get("y")
+    if y is not None and y is not images and not np.array_equal(*map(ops.convert_to_numpy, (images, y))):
+        raise ValueError("y differs from the images; a VAE learns to give its images back: expected no y")
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class VAE(_Model):
     """A variational autoencoder for `fit`, `evaluate` and `predict`, without a target: `vae.fit(images)`.
@@ -384,19 +392,22 @@ class VAE(_Model):
     def fit(self, x=None, *args, **kwargs):
         self._check(x)
         given = _given(super().fit, x, *args, **kwargs)
-        _check_weights(given)
+        _check_options(x, given)
         validation = given.get("validation_data")  # Keras would look at them after the first epoch
         if validation is not None:
-            self._check(validation[0] if isinstance(validation, (list, tuple)) else validation)
+            images, *others = validation if isinstance(validation, (list, tuple)) else (validation,)
+            self._check(images)
+            _check_options(images, dict(zip(("y", "sample_weight"), others, strict=False)))
         return super().fit(x, *args, **kwargs)
 
     def train_on_batch(self, x, *args, **kwargs):
         self._check(x)
-        _check_weights(_given(super().train_on_batch, x, *args, **kwargs))
+        _check_options(x, _given(super().train_on_batch, x, *args, **kwargs))
         return super().train_on_batch(x, *args, **kwargs)
 
     def test_on_batch(self, x, *args, **kwargs):
         self._check(x)
+        _check_options(x, _given(super().test_on_batch, x, *args, **kwargs))
         return super().test_on_batch(x, *args, **kwargs)
 
     def predict_on_batch(self, x):
@@ -405,7 +416,7 @@ class VAE(_Model):
 
     def evaluate(self, x=None, *args, **kwargs):
         self._check(x)
-        _check_weights(_given(super().evaluate, x, *args, **kwargs))
+        _check_options(x, _given(super().evaluate, x, *args, **kwargs))
         self.sampler.restart_evaluation()
         return super().evaluate(x, *args, **kwargs)
 

@@ -11,6 +11,14 @@ import os
 import sys
 from pathlib import Path
 
+
+def _tell_what_is_missing(error):
+    """A package that is not installed, in one line."""
+    told = f"error: {sys.executable} has no {error.name}; make clean install, then source .venv/bin/activate"
+    print(told, file=sys.stderr)
+    return 2
+
+
 try:
     import numpy as np
 
@@ -18,11 +26,7 @@ try:
     from resnet_vae.data import load_data
     from resnet_vae.records import whole
 except ModuleNotFoundError as error:
-    print(
-        f"error: {sys.executable} has no {error.name}; make clean install, then source .venv/bin/activate",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    sys.exit(_tell_what_is_missing(error))
 
 EACH, BATCH = 1017, 10_000
 FINGERPRINT = "e207a8f2a6c3d5a5b218eb7d80826006e84286a01539a40e2fa4b532f92ed225"  # as records have it
@@ -65,6 +69,8 @@ def main():
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # as of a backend
+        return _tell_what_is_missing(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -47,7 +47,7 @@ is_finished() { # of a run's line: sets its name and its settings
   read -ra settings <<< "$1"
   name=${settings[0]}
   settings[0]=OUTDIR=$sweep/$name
-  env "${settings[@]}" "$PYTHON" -m resnet_vae finished
+  (export "${settings[@]}" && exec "$PYTHON" -m resnet_vae finished) # not env, which takes a path with = for a setting
 }
 
 while read -r run <&3; do # not mapfile, which macOS's bash is without
@@ -66,9 +66,9 @@ while read -r run <&3; do # not mapfile, which macOS's bash is without
   esac
   echo "$name: training in $sweep/$name"
   if [ "$RUNNER" = notebook ]; then
-    env "${settings[@]}" "$scripts/run_notebook.sh" "$scripts/../notebooks/resnet_vae.ipynb" "$sweep/$name" &
+    (export "${settings[@]}" && exec "$scripts/run_notebook.sh" "$scripts/../notebooks/resnet_vae.ipynb" "$sweep/$name") &
   else
-    env "${settings[@]}" "$PYTHON" -m resnet_vae train &
+    (export "${settings[@]}" && exec "$PYTHON" -m resnet_vae train) &
   fi
   child=$!
   wait "$child"

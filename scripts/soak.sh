@@ -4,8 +4,8 @@
 # While there is time, a sweep of two depths on the embedded digits is started, killed within 40 seconds by a random
 # signal, and started again, until it is finished; then its runs are compared, bit for bit, with the calm sweep's. The
 # record (signals, resumptions, differences) goes to FOLDER/record.json (default results/soak), the runs to runs/soak.
-# Exit code: 0 if nothing differs, 1 if something does or the record cannot be made, 2 if FOLDER cannot be written, 130
-# or 143 when interrupted.
+# Exit code: 0 if nothing differs, 1 if something does or the record cannot be made, 2 if FOLDER cannot be written or
+# SOAK_SECONDS is no number, 130 or 143 when interrupted.
 set -uo pipefail
 
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -15,6 +15,10 @@ folder=$(expanded "${1:-results/soak}") limit=${SOAK_SECONDS:-900} runs=runs/soa
 export PYTHON=${PYTHON:-python} TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3} RUNNER=command CHECKPOINT_SECONDS=1
 export DATASET=digits WIDTH=0.0625 LATENT_DIM=8 INTERMEDIATE_DIM=64 BATCH_SIZE=32 LEARNING_RATE=0.002 EPOCHS=${EPOCHS:-12}
 export DEPTHS=${DEPTHS:-28 46}
+if [[ ! $limit =~ ^[0-9]+$ ]]; then
+  echo "error: SOAK_SECONDS is '$limit'; expected a whole number of seconds" >&2
+  exit 2
+fi
 rm -rf "$runs"
 if ! mkdir -p "$runs" "$folder" 2> /dev/null || [ ! -w "$folder" ]; then
   echo "error: $runs or $folder cannot be made or written; expected folders that can be written" >&2
@@ -25,7 +29,7 @@ trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 130' INT
 trap '[ -n "$group" ] && kill -KILL -- "-$group" 2> /dev/null; exit 143' TERM
 
 start() { # a sweep, in a process group of its own, so that all of it dies
-  setsid env --default-signal=INT "$scripts/run_all.sh" "$1" >> "$1.log" 2>&1 &
+  setsid env --default-signal=INT bash "$scripts/run_all.sh" "$1" >> "$1.log" 2>&1 &
   group=$!
 }
 

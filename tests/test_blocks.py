@@ -403,6 +403,28 @@ def test_repeated_blocks_from_their_configuration():
         assert not block.use_bias
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's loops")
+def test_a_loop_may_be_run_eagerly():
+    """As to look into it: with the gradients of a graph, also those of remat."""
+    import tensorflow as tf
+
+    loop, x = Repeated(3, (3, 4, 6), remat=True, gain=0.5), tf.constant(RNG.standard_normal((2, 4, 4, 6)), "float32")
+    loop.build(x.shape)
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(loop(x, training=True) ** 2)
+        return tape.gradient(loss, [weight.value for weight in loop.trainable_weights])
+
+    expected = tf.function(gradients)()
+    tf.config.run_functions_eagerly(True)
+    try:
+        for one, other in zip(gradients(), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's loops; JAX has jax.checkpoint")
 def test_remat_computes_a_second_time_what_is_not_kept(monkeypatch):
     """Also after a loop of the same shape that keeps it."""
@@ -811,6 +833,22 @@ def test_the_other_order_of_axes_is_refused():
     try:
         with pytest.raises(ValueError, match=r"need 'channels_last': keras.config.set_image_data_format"):
             ResidualBlock((2, 2, 6))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "pool", "pad", "none"])
+def test_a_block_that_is_there_keeps_its_order_of_axes(shortcut):
+    """As Keras's own layers do."""
+    x = RNG.standard_normal((2, 6, 6, 6)).astype("float32")
+    options = {"shortcut": shortcut, "gain": 0.5}
+    layers = [ResidualBlock((2, 2, 6), strides=2, **options), ResidualBlock((6, 6), strides=2, **options)]
+    layers += [ResidualBlock((2, 2, 6), strides=2, transpose=True, **options), Repeated(3, (2, 2, 6), gain=0.5)]
+    expected = [keras.ops.convert_to_numpy(layer(x)) for layer in layers]
+    keras.config.set_image_data_format("channels_first")
+    try:
+        for layer, output in zip(layers, expected, strict=True):
+            np.testing.assert_allclose(keras.ops.convert_to_numpy(layer(x)), output, rtol=1e-5, atol=1e-6)
     finally:
         keras.config.set_image_data_format("channels_last")
 

@@ -1,3 +1,4 @@
+import importlib
 import io
 import os
 import re
@@ -367,6 +368,12 @@ def test_folders_that_are_links_are_followed(tmp_path):
     (tmp_path / "elsewhere" / "class0" / "lost.png").symlink_to(tmp_path / "nothing.png")
     with pytest.raises(DataError, match=r"lost\.png is a link to nothing; remove it"):
         load(tmp_path / "data")
+    (tmp_path / "elsewhere" / "class0" / "lost.png").unlink()
+    for name in ("train/class9", "test"):  # folders that are not there just now
+        (tmp_path / "data" / name).symlink_to(tmp_path / "unmounted")
+        with pytest.raises(DataError, match=f"data/{name} is a link to nothing; remove it, or mount"):
+            load(tmp_path / "data")
+        (tmp_path / "data" / name).unlink()
     (tmp_path / "elsewhere" / "class1" / "again").symlink_to(tmp_path / "data")
     with pytest.raises(DataError, match="class1/again is a link to a folder that it is in"):
         load(tmp_path / "data")
@@ -460,6 +467,7 @@ def test_npz_of_floats_and_without_channels(tmp_path):
         ({"x_train": pictures(20, 8, 8), "x_test": pictures(5, 16, 8)}, "set IMAGE_SHAPE"),
         ({"x_train": pictures(20, 3, 32, 32)}, r"looks like \(images, channels, height.*transpose\(0, 2, 3, 1\)"),
         ({"x_train": pictures(20, 1, 8, 8)}, "looks like"),
+        ({"x_train": pictures(1, 32, 32, 3)[0]}, r"shape \(32, 32, 3\) looks like one image .*: save array\[None\]"),
         ({"x_train": np.zeros((20, 0, 8), "uint8")}, r"uint8 of shape \(20, 0, 8, 1\).*at least 1"),
         ({"x_train": np.zeros((20, 8, 8, 0))}, "at least 1"),
     ],
@@ -607,6 +615,10 @@ def test_the_small_cifar10_is_the_first_images_of_each_batch(tmp_path, monkeypat
     assert cifar10_subset.main() == 2
     assert "small.png is no name for the file; expected one that ends in .npz" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["cifar10_subset.py", str(path)])
+    with monkeypatch.context() as without:
+        without.setattr(cifar10_subset, "load_data", lambda _: importlib.import_module("no_backend"))
+        assert cifar10_subset.main() == 2
+        assert "has no no_backend; make clean install" in capsys.readouterr().err
     monkeypatch.setenv("KERAS_BACKEND", "theano")
     assert cifar10_subset.main() == 2
     assert capsys.readouterr().err.startswith("error: KERAS_BACKEND is 'theano'; expected one of")

@@ -165,6 +165,16 @@ def test_scripts_tell_what_they_do_and_take_no_option_for_a_folder(tmp_path, scr
     assert kept.exists()
 
 
+def test_a_soak_of_no_number_of_seconds_removes_nothing(tmp_path):
+    (tmp_path / "runs" / "soak").mkdir(parents=True)
+    environ = os.environ | {"PYTHON": sys.executable, "SOAK_SECONDS": "15m"}
+    done = subprocess.run([SCRIPTS / "soak.sh"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    told = "error: SOAK_SECONDS is '15m'; expected a whole number of seconds\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+    assert (tmp_path / "runs" / "soak").exists()
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("script", ["run_all", "table1", "soak", "run_notebook"])
 def test_scripts_tell_in_a_line_that_there_is_no_python(tmp_path, script):
     (tmp_path / "a.ipynb").write_text("{}")
@@ -280,13 +290,16 @@ def test_a_run_by_another_spelling_is_not_another_run(tmp_path):
     assert list(runs_of(tmp_path, {**given, "LEARNING_RATE": "1e-2"})) == ["learning_rate-1e-2"]
 
 
-def test_a_sweep_trains_evaluates_and_makes_the_table_in_this_order(stand_in):
+@pytest.mark.parametrize("place", ["bin", "a=b"])
+def test_a_sweep_trains_evaluates_and_makes_the_table_in_this_order(stand_in, tmp_path, place):
     expected = [
         call.format(depth)
         for depth in (28, 34)
         for call in ("finished sweep/depth-{0} {0}", "train sweep/depth-{0} {0}", "evaluate sweep/depth-{0} digits  ")
     ]
-    code, error, calls = stand_in("finished:3", EVALUATE="digits")
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "python").symlink_to(tmp_path / "python")
+    code, error, calls = stand_in("finished:3", EVALUATE="digits", PYTHON=f"{tmp_path}/{place}/python")
     assert (code, error) == (0, "")
     assert calls == ["sweep sweep  ", *expected, "table sweep  "]
 

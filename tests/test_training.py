@@ -154,6 +154,13 @@ def test_adamw_with_decay_is_the_formula():
     assert (same.decay, same.weight_decay) == (decay, wd)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="which it has where it is asked for it")
+def test_a_small_weight_decay_counts_in_double_precision():
+    variable = keras.Variable(np.ones(3), dtype="float64")
+    AdamW(1e-5, weight_decay=1e-3).apply([0 * variable], [variable])
+    np.testing.assert_allclose(1 - ops.convert_to_numpy(variable), 1e-8, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "more"),
     [
@@ -1160,6 +1167,12 @@ def test_a_run_is_evaluated_on_all_images_of_a_set_without_test_images(copied_ru
     assert result["images"] == 5
     assert result["floor"] == pytest.approx(entropy_floor(images))
     assert result["fingerprint"] not in ("", read_run(copied_run).provenance["data"]["fingerprint"])
+    (tmp_path / "elsewhere").mkdir()
+    np.savez(tmp_path / "elsewhere" / "all.npz", images=images[:4])
+    for _ in range(2):  # of the same name and other images: beside the first
+        other = evaluate_run(copied_run, str(tmp_path / "elsewhere" / "all.npz"))
+    recorded = [json.loads(path.read_text()) for path in sorted(copied_run.glob("evaluation-*.json"))]
+    assert sorted(recorded, key=lambda each: each["images"]) == [other, result]
 
 
 def test_a_run_is_not_evaluated_on_images_that_it_was_trained_on(copied_run, tmp_path):
@@ -1251,11 +1264,12 @@ def test_determinism_is_asked_for_and_partial_files_go(tmp_path, monkeypatch, de
 
     monkeypatch.setattr("resnet_vae.training.be_deterministic", lambda: asked.append(1))
     monkeypatch.setattr(Training, "__init__", stop)
-    (tmp_path / "partial-1-model.keras").touch()
+    (tmp_path / "partial-1-0123abcd-model.keras").touch()
+    (tmp_path / "evaluation-mine.json").touch()  # of somebody else: there was no run
     with pytest.raises(DivergenceError):
         train(Config(**TINY, outdir=str(tmp_path), deterministic=deterministic, cmdline=True))
     assert bool(asked) == deterministic
-    assert not (tmp_path / "partial-1-model.keras").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation-mine.json"]
 
 
 def test_the_plateau_is_of_the_validation_loss(tmp_path):

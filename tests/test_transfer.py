@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import TINY
+from scipy import special
 
 from resnet_vae import Config, adapt, build_classifier, build_vae, take_over
 
@@ -185,6 +186,37 @@ def test_what_was_adapted_is_adapted_again():
     assert len(adapt(again, 5).trainable_weights) == len(source.trainable_weights)
     with pytest.raises(ValueError, match="expected a functional model"):
         adapt(keras.Sequential(), 3)
+
+
+def test_a_network_of_keras_takes_images_as_it_did():
+    """Adapted, it brings grey levels to [0, 1] by its own layer and not a second time."""
+    for dtype in ("float32", "uint8"):
+        image = keras.Input((8, 8, 1), dtype=dtype)
+        x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image))
+        model = keras.Model(image, keras.layers.Dense(3)(keras.layers.Dense(6, name="read")(x)))
+        images = RNG.integers(0, 256, (5, 8, 8, 1), "uint8")
+        read = keras.Model(image, model.get_layer("read").output).predict(images, verbose=0)
+        adapted = adapt(model, 4)
+        kernel, bias = adapted.get_layer("classes").get_weights()
+        expected = special.softmax(read @ kernel + bias, axis=-1)
+        np.testing.assert_allclose(adapted.predict(images, verbose=0), expected, rtol=1e-4)
+        assert np.ptp(expected, axis=0).min() > 0.01
+
+
+def test_layers_after_frozen_features_know_that_they_train():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.features = adapt(classifier(), 4).get_layer("features")
+            self.drop = keras.layers.Dropout(0.5)
+
+        def call(self, x):
+            return self.drop(self.features(x))
+
+    model, images = Own(), np.ones((1, 8, 8, 1), "float32")
+    plain, dropped = (keras.ops.convert_to_numpy(model(images, training=training)) for training in (False, True))
+    assert np.count_nonzero(plain)
+    assert np.count_nonzero(dropped) < np.count_nonzero(plain)
 
 
 def test_what_was_frozen_is_thawed():

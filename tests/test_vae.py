@@ -198,6 +198,13 @@ def test_what_keras_takes_and_this_objective_has_not(images):
             vae.fit(images, verbose=0, **options)
     with pytest.raises(ValueError, match="sample_weight is not supported"):
         vae.evaluate(images, sample_weight=np.ones(len(images)), verbose=0)
+    others = images[::-1].copy()
+    for validation in ((images, None, np.ones(len(images))), (images, others)):
+        with pytest.raises(ValueError, match=r"sample_weight is not supported|y differs from the images; a VAE learns"):
+            vae.fit(images, validation_data=validation, verbose=0)
+    for use in (vae.fit, vae.evaluate, vae.train_on_batch, vae.test_on_batch):
+        with pytest.raises(ValueError, match="y differs from the images; a VAE learns to give its images back"):
+            use(images, others)
     with pytest.raises(ValueError, match="sample_weight is not supported"):  # given by its place
         vae.evaluate(images, None, 8, 0, np.ones(len(images)))
     with pytest.raises(ValueError, match="float32 images run from 0 to 255; expected"):
