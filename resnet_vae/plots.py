@@ -303,8 +303,9 @@ def _finish(figure, validation, training):
 def _swept(run, runs):
     """The run's values of what was swept, as "shortcut none"; of the epochs only where nothing else tells runs apart.
 
-    Deeper networks are given fewer epochs, which is no other line of the figure. More than a few, and runs of one
-    recipe, as on two backends, are told by the name of the run's folder.
+    Deeper networks are given fewer epochs, which is no other line of the figure. What most runs have is told of those
+    alone that have nothing else. More than a few values, and runs of one recipe, as on two backends, are told by the
+    name of the run's folder.
     """
     names = swept(runs, SHOWN - {"width"})
 
@@ -313,11 +314,23 @@ def _swept(run, runs):
 
     if not told_apart():
         names = swept(runs, SHOWN - {"width", "epochs"})
-    return _values(run, names) if len(names) <= FEW and told_apart() else [_literal(run.folder.name)]
+    usual = _usual(runs, names)
+    shortened = [[value for value in _values(each, names) if value not in usual] for each in runs]
+    if max(map(len, shortened)) > FEW or not told_apart():
+        return [_literal(run.folder.name)]
+    own = _values(run, names)
+    return own if usual <= set(own) else [value for value in own if value not in usual]
 
 
 def _values(run, names):
     return [_literal(f"{name.replace('_', ' ')} {format_setting(run.config.recipe()[name])}") for name in names]
+
+
+def _usual(runs, names):
+    """The values that more than half of the runs have, a set of `_values`; none if no run has them all."""
+    values = [set(_values(run, names)) for run in runs]
+    usual = {value for own in values for value in own if 2 * sum(value in each for each in values) > len(runs)}
+    return usual if any(usual <= own for own in values) else set()
 
 
 def _literal(text):

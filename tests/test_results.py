@@ -129,6 +129,19 @@ def test_what_was_swept_has_a_column_and_a_line_of_its_own(tmp_path):
     assert "augment none, shortcut none" in [line.get_label() for line in figure.axes[0].get_lines()]
 
 
+def test_what_most_runs_have_is_told_once(tmp_path):
+    changes = [{}, {"shortcut": "none"}, {"order": "pre"}, {"order": "pre", "shortcut": "none"}]
+    changes += [{name: value} for name, value in (("stem", 2), ("learned_step", True), ("dropout", 0.5))]
+    for number, change in enumerate(changes):
+        write_run(tmp_path / f"run-{number}", 28, 1850.0, **change)
+        write_run(tmp_path / f"run-{number}-100", 100, 1850.0, **change)
+    (axes,) = of_sweep(read_sweep(tmp_path))["losses_by_depth"].axes
+    labels = [label for label in axes.get_legend_handles_labels()[1] if label.startswith("negative ELBO")]
+    usual = "order post, shortcut pool, learned step False, stem 0, dropout 0.0"
+    expected = ["shortcut none", "order pre", "order pre, shortcut none", "stem 2", "learned step True", "dropout 0.5"]
+    assert sorted(labels) == sorted(f"negative ELBO, {told} (2 epochs)" for told in [usual, *expected])
+
+
 def test_long_trainings_have_their_second_half_beside(tmp_path):
     """Each its own, where differences of a few nats are to be seen."""
     losses = {28: [2000.0, 1900.0, *range(1810, 1802, -1)], 100: [1990.0, 1880.0, 1815.0]}
