@@ -77,7 +77,7 @@ def draw(rows):
             (grid[1, column], "peak_megabytes", "memory_exponent", "peak memory, MB"),
         ):
             panel.loglog(values, [row[cost] for row in own], "o-")
-            panel.set_title(f"exponent {own[-1][slope]}", fontsize="medium")
+            panel.set_title(f"exponent {own[-1][slope] or '–'}", fontsize="medium")
             panel.set_xticks(values, [f"{value:g}" for value in values], fontsize="small")
             panel.minorticks_off()
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

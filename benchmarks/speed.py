@@ -340,7 +340,9 @@ def draw(rows):
     titles = list(dict.fromkeys(row[panel] for row in rows))
     across = min(2, len(titles))
     down = -(-len(titles) // across)
-    figure = Figure(figsize=(3 + (4 if alone else 3.2) * across, 2.6 * down), layout="constrained")
+    bars = max(sum(row[panel] == title for row in rows) for title in titles)
+    size = 3 + (4 if alone else 3.2) * across, max(2.6, 0.8 + 0.2 * bars) * down
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharey=True)  # the same bars in each panel
     for axes, title in zip(grid.flat, titles, strict=False):
         own = [row for row in rows if row[panel] == title][::-1]

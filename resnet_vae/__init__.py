@@ -50,20 +50,22 @@ def _without_notices():
 
     Another process does that, so that what a crash writes is told all the same.
     """
-    grep = None
+    stderr = grep = None
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") not in ("", "0"):
         with suppress(OSError):  # no stderr, or no grep
             stderr = os.dup(2)
-            grep = subprocess.Popen(["grep", "-vE", _NOTICES], stdin=subprocess.PIPE, stdout=stderr)
-    if grep is None:
+            grep = subprocess.Popen(["grep", "-avE", _NOTICES], stdin=subprocess.PIPE, stdout=stderr)
+    try:
+        if grep:
+            os.dup2(grep.stdin.fileno(), 2)
         yield
-        return
-    with grep:
-        os.dup2(grep.stdin.fileno(), 2)
-        try:
-            yield
-        finally:
+    finally:
+        if grep:
             os.dup2(stderr, 2)
+            grep.stdin.close()
+            with suppress(subprocess.TimeoutExpired):  # what was started meanwhile, and goes on, may hold it
+                grep.wait(5)
+        if stderr is not None:
             os.close(stderr)
 
 

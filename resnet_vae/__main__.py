@@ -59,14 +59,20 @@ def _parser():
             _add_fields(added)
         if run:
             added.add_argument("run", type=_path, metavar="RUN", help="the folder of a finished run")
-            added.add_argument("-o", "--output", type=_path, metavar="PNG", help="the picture (default: in the run)")
+            added.add_argument(
+                "-o", "--output", type=_path, metavar="FILE", help="the picture, .png or .pdf (default: in the run)"
+            )
         return added
 
     config = command("config", "print the settings: values, where they come from, what they mean", fields=True)
     told = f"whose settings: {', '.join(NOTEBOOKS)}, or the path of one (default: resnet_vae, a VAE's)"
     config.add_argument("notebook", nargs="?", default="resnet_vae", metavar="NOTEBOOK", help=told)
     command("train", "train a VAE and draw its pictures", fields=True)
-    command("finished", "exit 0 if the run of these settings is finished and its pictures drawn, else 3", fields=True)
+    command(
+        "finished",
+        "exit 0 if the run of these settings is finished and, where its model is there, drawn, else 3",
+        fields=True,
+    )
     sweep = command("sweep", "check all runs of a sweep, and print a line for each: its name, what is set for it")
     sweep.add_argument("folder", type=_path, metavar="FOLDER", help="the sweep's")
     command("sample", "draw images generated from the prior", run=True)

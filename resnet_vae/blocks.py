@@ -505,7 +505,7 @@ def identity_block(x, kernel_size=3, filters=(64, 64, 256), **options):
             change the channels.
 
     Returns:
-        Tensor of the shape of `x`.
+        Tensor of the shape of `x`, but for shortcut "none", where it has filters[-1] channels.
 
     Raises:
         ValueError: as of `ResidualBlock`; the channels of `x` are not filters[-1].

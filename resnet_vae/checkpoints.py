@@ -78,7 +78,7 @@ def exists(folder):
 
 
 def load(folder):
-    """Read the newest checkpoint that is whole; one that is not is reported on stderr and passed over.
+    """Read the newest checkpoint that is whole; one that is not is reported on stderr, and a damaged one removed.
 
     Returns:
         (values, arrays), or None where there never was a checkpoint.

@@ -217,6 +217,8 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(error, values, type(self).model_fields)) from None
+        except UserError as error:  # of a check of several fields
+            raise ConfigError(str(error)) from None
         for name in type(self).model_fields:
             self._origins[name] = "given" if name in values else "default"
 
@@ -397,7 +399,7 @@ class Config(Settings):
     rollbacks: int = Field(
         0,
         ge=0,
-        description="how often a run that diverges may go back to its last checkpoint and continue at half the rate",
+        description="how often a run that diverges may go back to its last good checkpoint, then on at half the rate",
     )
     seed: Seed = Field(0, description="of the weights, the order of images, the noise and the held-out images")
     checkpoint_seconds: float = Field(

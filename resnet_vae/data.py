@@ -344,7 +344,7 @@ def _digits():
     return _Part(images[~test], labels[~test]), _Part(images[test], labels[test])
 
 
-def _keras_home():
+def keras_home():
     """The folder below which Keras keeps what it downloads."""
     home = Path(os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras")))
     writable = os.access(next(path for path in (home, *home.parents) if os.path.exists(path)), os.W_OK)
@@ -356,7 +356,7 @@ def _keras_dataset(name):
     import keras
     from filelock import FileLock
 
-    home = _keras_home() / "datasets"
+    home = keras_home() / "datasets"
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f"{name}.lock"):
@@ -508,8 +508,9 @@ def _levels(path, images):
     if images.ndim == 3:
         if 1 <= images.shape[2] <= 4:
             raise DataError(
-                f"{path}: an array of shape {images.shape} looks like one image (height, width, channels); expected "
-                "(images, height, width) or (images, height, width, channels): save array[None]"
+                f"{path}: an array of shape {images.shape} is one image (height, width, channels) or grey images of "
+                f"width {images.shape[2]}; expected (images, height, width, channels): save array[None] for the one, "
+                "array[..., None] for the others"
             )
         images = images[..., None]
     if images.ndim != 4 or images.dtype.kind not in "buif" or 0 in images.shape[1:]:

@@ -13,8 +13,9 @@ from resnet_vae.results import POST, SHOWN, format_setting, like_the_post, swept
 
 SAMPLES_SEED = 0
 LONG = 8  # epochs, of which the second half gets a panel of its own
-FEW = 4  # settings that a line's label names
+FEW = 4  # settings that differ, in a line's label
 WIDE = 10  # times the shallowest, the depth from where the axis of depths is logarithmic
+MARKERS = "osD^vP*X<>"  # of runs, besides their colours
 FAR = 3  # interquartile ranges above the upper quartile, from where a loss is told and not drawn
 
 
@@ -26,7 +27,7 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
         columns: images a row.
         title: above the grid.
         row_labels: a word or two for each row, at its left.
-        side: of an image, in inches.
+        side: of an image, in inches, at least; large images are given more, so that no pixel is left out.
 
     Returns:
         A matplotlib Figure.
@@ -37,6 +38,7 @@ def grid(images, columns, title=None, row_labels=None, side=0.55):
     count, height, across, channels = images.shape
     rows = -(-count // columns)
     pad = 1
+    side = max(side, (max(height, across) + pad) / 110)  # a dot or more a pixel: `save` draws 120 an inch
     sheet = np.ones((rows * (height + pad) - pad, columns * (across + pad) - pad, channels))
     for index, image in enumerate(images):
         top, left = index // columns * (height + pad), index % columns * (across + pad)
@@ -112,7 +114,7 @@ def curves(run):
     for axes, name in zip(figure.subplots(1, 3), ("loss", "reconstruction", "kl"), strict=True):
         epochs = [row["epoch"] for row in run.history]
         training, validation = ([row[f"{of}{name}"] for row in run.history] for of in ("", "val_"))
-        axes.plot(epochs, training, ".-", label="training")
+        axes.plot(epochs, training, ".--", label="training")
         axes.plot(epochs, validation, ".-", label="validation")
         keep_in_sight(axes, training, validation, "validation")
         axes.set(xlabel="epoch", ylabel="nats per image", title="KL" if name == "kl" else name)
@@ -133,7 +135,7 @@ def losses_by_epoch(runs):
     objectives, longest = _objectives(runs), max(len(run.history) for run in runs)
     figure = Figure(layout="constrained")
     panels = figure.subplots(len(objectives), 2 if longest >= LONG else 1, squeeze=False)
-    marker = "s" if any(len(run.history) == 1 for run in runs) else ""  # where a line would not be seen
+    alone = any(len(run.history) == 1 for run in runs)  # where a line would not be seen
     described, told = {describe(run) for run in runs}, [_swept(run, runs) for run in runs]
     if len(described) == 1 and all(told):
         figure.suptitle(*described)
@@ -143,9 +145,10 @@ def losses_by_epoch(runs):
         for number, run in enumerate(runs):
             if run.config.objective == objective:
                 look = {"label": ", ".join(told[number]), "color": _color(number, len(runs))}
-                _by_epoch(first, run.history, marker, **look)
+                look |= {"marker": MARKERS[number % len(MARKERS)], "alone": alone}
+                _by_epoch(first, run.history, **look)
                 for axes in late:
-                    _by_epoch(axes, run.history[len(run.history) // 2 :], marker, **look)
+                    _by_epoch(axes, run.history[len(run.history) // 2 :], **look)
         chosen = [row for run in runs if run.config.objective == objective for row in run.history]
         training, validation = ([row[name] for row in chosen] for name in ("loss", "val_loss"))
         keep_in_sight(first, training, validation, "validation")
@@ -156,8 +159,8 @@ def losses_by_epoch(runs):
             losses = np.concatenate([line.get_ydata() for line in axes.get_lines()])
             if max(losses) > (top := _farthest(losses)):
                 axes.set_ylim(min(losses) - 0.05 * (top - min(losses)), top)
-                axes.set_title(f"each run's second half (losses up to {max(losses):,.0f} left out)")
-    _finish(figure, ".", marker)
+                axes.set_title(f"each run's second half\n(losses up to {max(losses):,.0f} left out)")
+    _finish(figure, "o", "o" if alone else "")
     return figure
 
 
@@ -166,11 +169,11 @@ def _objectives(runs):
     return sorted({run.config.objective for run in runs})
 
 
-def _by_epoch(axes, rows, marker, label, color):
-    """Draw a run's losses, rows of its history, against the epochs."""
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row["val_loss"] for row in rows], ".-", color=color, label=label)
-    axes.plot(epochs, [row["loss"] for row in rows], f"{marker}--", color=color)
+def _by_epoch(axes, rows, label, color, marker, alone):
+    """Draw a run's losses, rows of its history, against the epochs; those of training with points if they are alone."""
+    epochs, look = [row["epoch"] for row in rows], {"color": color, "ms": 4, "fillstyle": "none"}
+    axes.plot(epochs, [row["val_loss"] for row in rows], f"{marker}-", color=color, ms=4, label=label)
+    axes.plot(epochs, [row["loss"] for row in rows], f"{marker if alone else ''}--", **look)
     axes.set(xlabel="epoch", ylabel="loss, nats per image")
     whole_epochs(axes)
 
@@ -218,36 +221,44 @@ def losses_by_depth(runs):
     if len(objectives) == len({run.config.resnet_depth for run in runs}) == 1 and not posts:
         return _one_depth(figure, runs)
     panels = figure.subplots(1, len(objectives), squeeze=False)[0]
+    lines = {objective: _lines(objective, runs, bool(posts)) for objective in objectives}
+    count = sum(map(len, lines.values()))
+    colors = (_color(number, count) for number in range(count))
     for objective, axes in zip(objectives, panels, strict=True):
-        chosen = [run for run in runs if run.config.objective == objective]
-        _by_depth(axes, chosen, runs, posts if objective == "published" else ())
+        _by_depth(axes, lines[objective], posts if objective == "published" else (), colors)
         if len(objectives) > 1:
             axes.set_title(f"objective {objective}")
     _finish(figure, "o", "s")
     return figure
 
 
-def _by_depth(axes, chosen, runs, posts):
-    """Draw the chosen ones of a sweep's runs, and the post's rows, against depth."""
+def _lines(objective, runs, beside_posts):
+    """The lines of a sweep's runs of one objective: pairs of a label and the runs that have it, by depth."""
     lines = {}
-    for run in sorted(chosen, key=lambda run: run.config.resnet_depth):
-        told = [*(["ours"] if posts else []), run.config.loss_meaning, *_swept(run, runs)]
-        lines.setdefault(", ".join(told), []).append(run)
-    for number, (label, line) in enumerate(sorted(lines.items(), key=lambda line: natural(line[0]))):
-        depths, color = [run.config.resnet_depth for run in line], _color(number, len(lines))
+    for run in sorted(runs, key=lambda run: run.config.resnet_depth):
+        if run.config.objective == objective:
+            ours = ["ours"] if beside_posts and objective == "published" else []
+            lines.setdefault(", ".join([*ours, run.config.loss_meaning, *_swept(run, runs)]), []).append(run)
+    return sorted(lines.items(), key=lambda line: natural(line[0]))
+
+
+def _by_depth(axes, lines, posts, colors):
+    """Draw lines of a sweep, as of `_lines`, and the post's rows, against depth."""
+    for label, line in lines:
+        depths, color = [run.config.resnet_depth for run in line], next(colors)
         epochs = [f"{run.metrics['epochs']}" for run in line]
         joined = len(set(epochs)) == 1
         validation, training = ([run.metrics[part]["loss"] for run in line] for part in ("validation", "train"))
         told = f"{label} ({', '.join(epochs[:1] if joined else epochs)} epochs)"
         axes.plot(depths, validation, "o-" if joined else "o", color=color, label=told)
-        axes.plot(depths, training, "s--" if joined else "s", color=color)
-    ticks = {run.config.resnet_depth for run in chosen} | {row["depth"] for row in posts}
+        axes.plot(depths, training, "s--" if joined else "s", color=color, fillstyle="none")
+    ticks = {run.config.resnet_depth for _, line in lines for run in line} | {row["depth"] for row in posts}
     if posts:
         depths = [row["depth"] for row in posts]
         epochs = ", ".join(str(row["epochs"] or "?") for row in posts)
         told = f"the post's own figures (each the lowest of its epochs: {epochs})"
         axes.plot(depths, [row["val_loss"] for row in posts], "o-", color="gray", label=told)
-        axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray")
+        axes.plot(depths, [row["loss"] for row in posts], "s--", color="gray", fillstyle="none")
     if max(ticks) >= WIDE * min(ticks):
         axes.set_xscale("log")
     axes.set_xticks(sorted(ticks), sorted(ticks))
@@ -263,9 +274,8 @@ def _one_depth(figure, runs):
         axes.plot(run.metrics["validation"]["loss"], number, "o", color=color)
         axes.plot(run.metrics["train"]["loss"], number, "s", color=color, fillstyle="none")
     shown = [", ".join([*([run.config.loss_meaning] if len(meanings) > 1 else []), *_swept(run, runs)]) for run in runs]
-    axes.set_yticks(
-        range(len(runs)), [label or _literal(run.folder.name) for label, run in zip(shown, runs, strict=True)]
-    )
+    shown = [textwrap.fill(label or _literal(run.folder.name), 45) for label, run in zip(shown, runs, strict=True)]
+    axes.set_yticks(range(len(runs)), shown)
     axes.set_ylim(len(runs) - 0.5, -0.5)
     losses = [run.metrics[part]["loss"] for run in runs for part in ("validation", "train")]
     if max(losses) > (right := _farthest(losses)):
@@ -280,7 +290,7 @@ def _one_depth(figure, runs):
     axes.plot([], [], "ko", label="validation")
     axes.plot([], [], "ks", fillstyle="none", label="training")
     axes.grid(alpha=0.3)
-    figure.set_size_inches(8, 1.4 + 0.27 * len(runs))
+    figure.set_size_inches(8, 1.4 + 0.27 * len(runs) * max(label.count("\n") + 1 for label in shown))
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -288,24 +298,27 @@ def _one_depth(figure, runs):
 def _finish(figure, validation, training):
     """The legend below a sweep's figure, in which the lines' styles and markers tell the two losses apart."""
     figure.axes[-1].plot([], [], f"k{validation}-", label="validation")
-    figure.axes[-1].plot([], [], f"k{training}--", label="training")
+    figure.axes[-1].plot([], [], f"k{training}--", label="training", fillstyle="none")
     shown = {}
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            shown.setdefault(label, handle)
+            shown.setdefault(textwrap.fill(label, 105), handle)
     columns = 2 if max(map(len, shown)) < 50 else 1
     down, across = figure.axes[0].get_gridspec().get_geometry()
-    figure.set_size_inches(4 + 3 * across, 0.8 + 3.2 * down + 0.18 * -(-len(shown) // columns))
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.set_size_inches(
+        4 + 3 * across, 0.8 + 3.2 * down + 0.18 * -(-sum(label.count("\n") + 1 for label in shown) // columns)
+    )
+    look = {"frameon": False, "fontsize": 8, "handlelength": 3}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, **look)
 
 
 def _swept(run, runs):
     """The run's values of what was swept, as "shortcut none"; of the epochs only where nothing else tells runs apart.
 
-    Deeper networks are given fewer epochs, which is no other line of the figure. What most runs have is told of those
-    alone that have nothing else. More than a few values, and runs of one recipe, as on two backends, are told by the
-    name of the run's folder.
+    Deeper networks are given fewer epochs, which is no other line of the figure. A run that has all that most have is
+    told with it, however much; of the others only what differs is. If that is more than a few values, or runs have one
+    recipe, as on two backends, all are told by the names of their folders.
     """
     names = swept(runs, SHOWN - {"width"})
 
@@ -345,8 +358,9 @@ def describe(run):
 
 
 def render(figure, file):
-    """Write a figure as a PNG without a date, so that equal figures are equal files."""
-    figure.savefig(file, dpi=120, metadata={"Software": None})
+    """Write a figure as a PNG, or as the name's ending tells, without a date: equal figures are equal files."""
+    without = "CreationDate" if str(file).endswith(".pdf") else "Software"
+    figure.savefig(file, dpi=120, metadata={without: None})
 
 
 def save(figure, path):

@@ -275,6 +275,10 @@ class Training(keras.callbacks.Callback):
         self.saving_seconds += self.saved_at - began
         self.interval = max(self.config.checkpoint_seconds, (self.saved_at - began) / SHARE)
 
+    def tell_where(self):
+        """Print where training goes on, which after going back may be at the beginning."""
+        print(f"going on in epoch {len(self.rows) + 1}, after step {self.step} of {self.steps}", flush=True)
+
     def _position(self):
         return len(self.rows), self.step, self.figures is None
 
@@ -291,13 +295,12 @@ class Training(keras.callbacks.Callback):
         return now
 
     def _diverged(self, what):
-        clip = f"lower CLIP_NORM ({self.config.clip_norm:g})" if self.config.clip_norm else "set CLIP_NORM, as to 200"
-        advice = [f"lower LEARNING_RATE ({self.rate:g})", clip]
-        if precision(self.config) != "float32":
-            advice.append("use PRECISION=float32")
-        place = f"epoch {len(self.rows) + 1}, step {self.step}"
-        rollbacks = f"raise ROLLBACKS ({self.config.rollbacks})" if self.config.rollbacks else "set ROLLBACKS"
-        return DivergenceError(f"{what} in {place}; {', '.join(advice)}, or {rollbacks}")
+        config, place = self.config, f"epoch {len(self.rows) + 1}, step {self.step}"
+        rollbacks = f"raise ROLLBACKS ({config.rollbacks})" if config.rollbacks else "set ROLLBACKS"
+        advice = [f"lower LEARNING_RATE ({config.learning_rate:g})"]
+        advice += [f"lower CLIP_NORM ({config.clip_norm:g})" if config.clip_norm else "set CLIP_NORM, as to 200"]
+        advice += ["use PRECISION=float32"] if precision(config) != "float32" else []
+        return DivergenceError(f"{what} in {place}; {rollbacks}, or, with another OUTDIR, {' or '.join(advice)}")
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.metrics and self.step:  # fit has just emptied them
@@ -494,7 +497,8 @@ def train(config, data=None):
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")):
             raise
         raise TrainingError(
-            f"out of memory; lower BATCH_SIZE ({config.batch_size}) or WIDTH ({config.width:g}), or set REMAT=1"
+            f"out of memory; set REMAT=1, or, with another OUTDIR, lower BATCH_SIZE ({config.batch_size}) or WIDTH "
+            f"({config.width:g})"
         ) from None
     return folder
 
@@ -523,7 +527,7 @@ def _train(config, data, folder):
     training = Training(config, data, folder)
     write_json(folder / "config.json", {"values": config.model_dump(mode="json"), "origins": config.origins})
     if training.sessions > 1:
-        print(f"going on in epoch {len(training.rows) + 1}, after step {training.step} of {training.steps}", flush=True)
+        training.tell_where()
     while True:
         try:
             training.run()
@@ -531,9 +535,10 @@ def _train(config, data, folder):
         except DivergenceError as error:
             if training.rollbacks >= config.rollbacks:
                 raise
-            print(f"{error}; going back to the last checkpoint, to go on at half the rate", flush=True)
+            print(f"{error}; going back to the last good checkpoint, to go on at half the rate", flush=True)
             stopped = training.signal  # while the step that diverged was computed
             training = Training(config, data, folder, training)
+            training.tell_where()
             if stopped:
                 raise InterruptedTrainingError(stopped, folder) from None
 

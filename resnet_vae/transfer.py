@@ -81,6 +81,8 @@ class Features(keras.Model):
             return super().__call__(*args, **kwargs)
         finally:  # or else Keras would hand False on to the layers that come after this one in a model's `call`
             context.set_value("training", outer)
+            if context.entry_layer is self:  # the outermost call, which may have failed before Keras ends its context
+                self._maybe_reset_call_context()
 
     def call(self, inputs, training=None, mask=None):
         return super().call(inputs, training=False, mask=mask)

@@ -266,6 +266,7 @@ class VAE(_Model):
         ValueError: an unknown objective; a seed that is no whole number, a beta or kl_warmup_steps that are no numbers;
             a decoder of other images, or of values beyond [0, 1]; images of another shape than the encoder's. Of an
             array or a tensor also: no images, floats beyond [0, 1], whole numbers beyond [0, 255] or 0 and 1 alone.
+            Weights of samples or classes; targets that are not the images.
     """
 
     def __init__(self, encoder, decoder, objective="elbo", beta=1.0, seed=0, kl_warmup_steps=0, **kwargs):

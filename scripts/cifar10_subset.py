@@ -23,7 +23,7 @@ try:
     import numpy as np
 
     from resnet_vae.config import Config, UserError, backend_problem
-    from resnet_vae.data import load_data
+    from resnet_vae.data import keras_home, load_data
     from resnet_vae.records import whole
 except ModuleNotFoundError as error:
     sys.exit(_tell_what_is_missing(error))
@@ -49,7 +49,7 @@ def make(path):
         if made != FINGERPRINT:
             raise UserError(
                 f"these images are not those of the records (fingerprint {made[:12]} here, {FINGERPRINT[:12]} there); "
-                "remove ~/.keras/datasets/cifar-10*, so that CIFAR-10 is downloaded again"
+                f"remove {keras_home() / 'datasets' / 'cifar-10*'}, so that CIFAR-10 is downloaded again"
             )
 
 

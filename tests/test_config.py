@@ -460,7 +460,7 @@ def test_notices_at_import_are_left_out_and_a_crash_is_told(tmp_path, level):
         return subprocess.run([sys.executable, "-c", command], env=environ, capture_output=True, text=True)
 
     notices = "WARNING: All log messages before absl::InitializeLog() is called\nI0000 00:00:1 port.cc:153] a notice\n"
-    told = "W0000 00:00:1 a warning\nF0000 00:00:1 no AVX\n"
+    told = "W0000 00:00:1 a warning\nF0000 00:00:1 no AVX, \0\n"
     done = run(f"import os; os.write(2, {(notices + told).encode()}); os.abort()", "import resnet_vae, keras")
     assert done.returncode == -signal.SIGABRT
     assert done.stderr.startswith(told if level == "3" else notices + told)

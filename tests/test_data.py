@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from resnet_vae import Config, load_data
-from resnet_vae.data import HELD_OUT, DataError, _keras_home, augment, entropy_floor, labelled
+from resnet_vae.data import HELD_OUT, DataError, augment, entropy_floor, keras_home, labelled
 
 pytestmark = once("no backend is asked for data")
 RNG = np.random.default_rng(0)
@@ -467,7 +467,10 @@ def test_npz_of_floats_and_without_channels(tmp_path):
         ({"x_train": pictures(20, 8, 8), "x_test": pictures(5, 16, 8)}, "set IMAGE_SHAPE"),
         ({"x_train": pictures(20, 3, 32, 32)}, r"looks like \(images, channels, height.*transpose\(0, 2, 3, 1\)"),
         ({"x_train": pictures(20, 1, 8, 8)}, "looks like"),
-        ({"x_train": pictures(1, 32, 32, 3)[0]}, r"shape \(32, 32, 3\) looks like one image .*: save array\[None\]"),
+        (
+            {"x_train": pictures(1, 32, 32, 3)[0]},
+            r"shape \(32, 32, 3\) is one image .* or grey .* width 3; .*: save array\[None\]",
+        ),
         ({"x_train": np.zeros((20, 0, 8), "uint8")}, r"uint8 of shape \(20, 0, 8, 1\).*at least 1"),
         ({"x_train": np.zeros((20, 8, 8, 0))}, "at least 1"),
     ],
@@ -559,10 +562,10 @@ def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, mo
 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", fail)
-    assert _keras_home() == tmp_path
+    assert keras_home() == tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
-        assert _keras_home() == Path("/tmp/.keras")  # where Keras then looks, too
+        assert keras_home() == Path("/tmp/.keras")  # where Keras then looks, too
     with monkeypatch.context() as patch:
         stat = os.stat
 
@@ -572,7 +575,7 @@ def test_a_named_set_that_cannot_be_downloaded_says_where_to_put_it(tmp_path, mo
             return stat(path, *args, **kwargs)
 
         patch.setattr(os, "stat", closed)  # as in a home folder that may not be entered
-        assert _keras_home() == tmp_path
+        assert keras_home() == tmp_path
     with pytest.raises(DataError) as error:
         load("cifar10")
     for told in ("no network", "cifar-10-python.tar.gz", str(tmp_path / "datasets"), "DATASET=digits"):

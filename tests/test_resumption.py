@@ -279,7 +279,7 @@ def test_a_folder_that_another_process_trains_in(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError(), r"out of memory; lower BATCH_SIZE \(64\) or WIDTH \(0.0625\)"),
+        (MemoryError(), r"out of memory; set REMAT=1, or, with .*, lower BATCH_SIZE \(64\) or WIDTH \(0.0625\)"),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), "out of memory"),
         (OSError(28, "No space left"), "No space"),
     ],

@@ -614,7 +614,9 @@ DIVERGING = TINY | {"learning_rate": 1e30, "clip_norm": 0.0, "schedule": "consta
 
 
 def test_divergence_stops_with_one_line_and_no_finished_run(tmp_path):
-    with pytest.raises(TrainingError, match=r"(is nan|is inf|not finite) in epoch 1, step \d+; lower .*\(1e\+30\)"):
+    with pytest.raises(
+        TrainingError, match=r"(is nan|is inf|not finite) in epoch 1, step \d+; set .* lower .*\(1e\+30\)"
+    ):
         train(Config(**DIVERGING, outdir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -634,7 +636,9 @@ def test_divergence_goes_back_a_bounded_number_of_times(tmp_path, monkeypatch, c
     run = read_run(train(Config(**settings, rollbacks=1, outdir=str(tmp_path / "saved"))))
     assert run.provenance["seconds"] > 2  # what was given up was trained for, too
     assert run.provenance["sessions"] == 1
-    assert capsys.readouterr().out.count("going back to the last checkpoint") == 1
+    told = capsys.readouterr().out
+    assert told.count("going back to the last good checkpoint") == 1
+    assert re.search("at half the rate\ngoing on in epoch 1, after step 0 of ", told)
     assert run.history[0]["rollbacks"] == 1
     assert run.history[0]["learning_rate"] == pytest.approx(1e-3)
 
@@ -648,7 +652,7 @@ def test_divergence_that_goes_on_is_told_in_the_end(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Training, "run", diverged)
     with pytest.raises(DivergenceError):
         train(Config(**TINY, rollbacks=2, outdir=str(tmp_path / "run"), cmdline=True))
-    assert capsys.readouterr().out.count("going back to the last checkpoint") == 2
+    assert capsys.readouterr().out.count("going back to the last good checkpoint") == 2
     assert rates == pytest.approx([0.002, 0.001, 0.0005])
 
 
@@ -671,7 +675,7 @@ def test_a_training_that_goes_on_after_a_divergence_is_told_of_with_what_it_has(
     data = load_data(config)
     again = Training(config, data, tmp_path, Training(config, data, tmp_path))
     assert str(again._diverged("the loss is nan")).endswith(
-        "lower LEARNING_RATE (0.001), lower CLIP_NORM (200), or raise ROLLBACKS (3)"
+        "; raise ROLLBACKS (3), or, with another OUTDIR, lower LEARNING_RATE (0.002) or lower CLIP_NORM (200)"
     )
 
 

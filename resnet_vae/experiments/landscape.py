@@ -26,7 +26,12 @@ from resnet_vae.experiments.networks import (
 from resnet_vae.experiments.settings import COMPARED, NETWORKS
 from resnet_vae.vae import VAE
 
-NATS = FuncFormatter(lambda exponent, _: f"{10**exponent:.3g}")  # of axes of log10
+
+def _nats(exponents):
+    """A format of losses by their log10, with as many digits as tell these apart."""
+    losses = [10**exponent for exponent in exponents]
+    digits = next((n for n in range(3, 9) if len({f"{loss:.{n}g}" for loss in losses}) == len(losses)), 9)
+    return FuncFormatter(lambda exponent, _: f"{float(f'{10**exponent:.{digits}g}'):.9g}")
 
 
 def kernels(model):
@@ -277,7 +282,7 @@ def draw_contours(rows, paths):
     for (above, below), ((title, own), (_, path)) in zip(grid.T, networks, strict=True):
         for axes, plane in ((above, "random"), (below, "path")):
             filled = axes.contourf(*_grid(own, plane), levels=20)
-            figure.colorbar(filled, ax=axes, format=NATS)
+            figure.colorbar(filled, ax=axes, format=_nats(filled.levels))
             axes.plot(0, 0, "r+", ms=10)
         above.set(title=title, xlabel="first random direction")
         below.plot([row["x"] for row in path], [row["y"] for row in path], "r.-", lw=1)

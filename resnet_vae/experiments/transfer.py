@@ -106,7 +106,8 @@ def draw(rows):
             own = [row for row in rows if (row["network"], row["way"]) == (network, way)]
             counts = sorted({row["labels"] for row in own})
             means = [np.mean([row["accuracy"] for row in own if row["labels"] == count]) for count in counts]
-            axes.semilogx(counts, means, "-", color=color, label="from scratch" if way == "scratch" else way)
+            line = "-" if len(counts) > 1 else "_"  # of one point nothing would be seen
+            axes.semilogx(counts, means, line, ms=20, color=color, label="from scratch" if way == "scratch" else way)
             beside = 1.06 ** (number - 1)  # so that points do not hide each other
             axes.semilogx([row["labels"] * beside for row in own], [row["accuracy"] for row in own], ".", color=color)
             axes.set_xticks(counts, [str(count) for count in counts])
