@@ -21,7 +21,7 @@ from matplotlib.image import imread, imsave
 from resnet_vae import Config
 from resnet_vae.__main__ import main
 from resnet_vae.config import UserError
-from resnet_vae.plots import curves, losses_by_epoch, of_sweep
+from resnet_vae.plots import MARKERS, curves, losses_by_epoch, of_sweep
 from resnet_vae.records import FIGURES, HASHED, Run, read_run, read_sweep, sha256_of, whole
 from resnet_vae.results import POST, swept, table_rows, write_table
 from resnet_vae.verify import _parameters, verify
@@ -160,7 +160,7 @@ def test_long_trainings_have_their_second_half_beside(tmp_path):
     rows = [dict.fromkeys(rows[0], 9000.0) | {"epoch": epoch} for epoch in range(1, 9)]
     late = losses_by_epoch([*runs, *runs, Run(tmp_path, Config(resnet_depth=40), rows, {}, {})]).axes[1]
     assert late.get_ylim()[1] < 2500
-    assert late.get_title() == "each run's second half (losses up to 9,000 left out)"
+    assert late.get_title() == "each run's second half\n(losses up to 9,000 left out)"
 
 
 def test_the_figure_has_the_posts_losses_beside_those_that_they_can_be_compared_with(tmp_path):
@@ -201,7 +201,7 @@ def test_figures_of_few_epochs(tmp_path, training, validation, told):
         left, right = axes.get_xlim()
         assert [tick for tick in axes.get_xticks() if left < tick < right] == [row["epoch"] for row in rows]
         drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
-        assert all(line.get_marker() in (".", "s") for line in drawn)
+        assert all(line.get_marker() in (".", *MARKERS) for line in drawn)
 
 
 def test_same_runs_same_bytes_from_the_command_line_without_a_backend(sweep):
