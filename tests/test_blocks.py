@@ -403,7 +403,7 @@ def test_repeated_blocks_from_their_configuration():
         assert not block.use_bias
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's loops")
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's loops and its eager functions")
 def test_a_loop_may_be_run_eagerly():
     """As to look into it: with the gradients of a graph, also those of remat."""
     import tensorflow as tf

@@ -154,7 +154,7 @@ def test_adamw_with_decay_is_the_formula():
     assert (same.decay, same.weight_decay) == (decay, wd)
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="which it has where it is asked for it")
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX has float64 only where it is enabled")
 def test_a_small_weight_decay_counts_in_double_precision():
     variable = keras.Variable(np.ones(3), dtype="float64")
     AdamW(1e-5, weight_decay=1e-3).apply([0 * variable], [variable])
